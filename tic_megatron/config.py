@@ -1,0 +1,236 @@
+"""Typed settings of a run: one dataclass per YAML section, one docstring per field.
+
+`tic-megatron train --config FILE.yaml --section.field value` fills a `Settings`. This module knows nothing of the other
+packages; checks that need only the settings live in `Settings.validate`, checks that need files live in
+`tic_megatron.commands.preflight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class SettingsError(ValueError):
+    """Bad input: what is wrong, where, what to do. The command prints it as one line and exits with code 2."""
+
+
+@dataclass
+class RunSettings:
+    """Where a run keeps its files, and how it starts."""
+
+    name: str = "run"
+    """Name of the run, used for the default folder and for loggers."""
+    dir: str | None = None
+    """Run folder; `runs/<name>` when not given."""
+    seed: int = 0
+    """Fixes prompts, sampling, packing and updates."""
+    resume: str = "auto"
+    """`auto` continues from the newest checkpoint of the run folder, `never` refuses a folder that holds a run, or a checkpoint's path."""
+    allow_change: list[str] = field(default_factory=list)
+    """Settings (dotted names) that may differ from those of the run that is resumed."""
+
+
+@dataclass
+class ModelSettings:
+    """The model that is trained."""
+
+    path: str = ""
+    """Hugging Face directory, or hub name, of a dense Qwen3 model; its tokenizer is used for the prompts."""
+
+
+@dataclass
+class DataSettings:
+    """Prompt sets: JSONL rows with a problem and its answer."""
+
+    train: str = ""
+    """JSONL file of training problems."""
+    eval: str | None = None
+    """JSONL file of held-out problems, evaluated greedily; no evaluation when not given."""
+    prompt_field: str = "problem"
+    """Row field that holds the problem's text."""
+    answer_field: str = "answer"
+    """Row field that holds the reference answer."""
+    system_prompt: str | None = None
+    """Text of a system message put before every problem."""
+    eval_limit: int | None = None
+    """Evaluate only the first so many held-out problems."""
+
+
+@dataclass
+class RewardSettings:
+    """How a response is graded."""
+
+    function: str = "math"
+    """Name of a registered reward: `math` (math-verify) or `exact` (the answer as the whole response)."""
+    timeout_s: float = 10.0
+    """Seconds after which grading one response is given up and counts 0."""
+
+
+@dataclass
+class TrainerSettings:
+    """The loop."""
+
+    steps: int = 100
+    """Training steps; one step is one rollout and `updates_per_step` optimizer updates."""
+    prompts_per_step: int = 128
+    """Prompts per rollout (B)."""
+    updates_per_step: int = 4
+    """Disjoint mini-batches per rollout, one optimizer update each (K)."""
+    eval_every: int = 10
+    """Evaluate every so many steps, and before the first and after the last; 0 never in between."""
+    save_every: int = 20
+    """Save a checkpoint every so many steps, and after the last; 0 only after the last."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; the newest is never removed."""
+    noise_check_every: int = 50
+    """Steps between measurements of `policy/log_ratio_abs_max_first` (design: the noise rule); 1 is every step."""
+
+
+@dataclass
+class RolloutSettings:
+    """Generation with vLLM."""
+
+    engines: int = 1
+    """Number of vLLM engines."""
+    tensor_parallel_size: int = 1
+    """Tensor-parallel size of each engine."""
+    group_size: int = 8
+    """Responses sampled per prompt (G)."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens, chat template included; longer ones are refused before the start."""
+    max_response_tokens: int = 1024
+    """Longest response (T), the constant of the length normalisation."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling; must be 1.0, since less breaks the importance ratio."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the engines; `auto` is that of the actor."""
+    gpu_memory_utilization: float = 0.6
+    """Share of a GPU's memory that an engine may use while awake."""
+    cpu_kv_cache_gib: int = 1
+    """Size of an engine's KV cache on a CPU, in GiB."""
+    weight_bucket_mib: int = 256
+    """Largest bucket of the weight transfer, in MiB; sender and receiver hold at most two."""
+    replay: str | None = None
+    """Train on the saved rollouts of this run folder's `rollouts/` (or one file) instead of generating."""
+    save_every: int = 1
+    """Write the sampled trajectories of every so many steps to `rollouts/`; 0 writes none."""
+
+
+@dataclass
+class AlgorithmSettings:
+    """The objective (see `tic_megatron.algorithms`)."""
+
+    objective: str = "tic_grpo"
+    """Name of a registered objective: `tic_grpo`, `grpo`."""
+    eps_low: float | None = None
+    """Lower clip range of two-sided clips; the objective's own default when not given."""
+    eps_high: float | None = None
+    """Upper clip range; the objective's own default when not given."""
+    normalize_std: bool = False
+    """Divide a group's advantages by its standard deviation (the paper does not)."""
+
+
+@dataclass
+class ActorSettings:
+    """The Megatron-core actors."""
+
+    backend: Literal["megatron"] = "megatron"
+    """Training backend."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward passes; main weights and optimizer are fp32."""
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    sequence_parallel: bool = True
+    """Shard the norms' activations over the TP ranks too (no effect at TP 1)."""
+    pipeline_parallel_size: int = 1
+    """Ranks that share the layers (PP)."""
+    max_tokens_per_microbatch: int = 16384
+    """Token budget of a micro-batch, prompts included."""
+    logprob_chunk_tokens: int = 1024
+    """Response tokens whose logits exist at the same time."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    lr_warmup_updates: int = 0
+    """Updates of linear warm-up."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from the peak to `min_learning_rate` over the whole run."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the decay."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW with Megatron's distributed optimizer, or SGD without it."""
+    distributed_optimizer: bool = True
+    """Shard AdamW's state over the DP ranks."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.999
+    """AdamW's second beta."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    threads: int = 1
+    """CPU threads per actor process."""
+
+
+@dataclass
+class ClusterSettings:
+    """Machines."""
+
+    nodes: int = 1
+    """Number of nodes."""
+    gpus_per_node: int = 1
+    """Actor ranks per node: one GPU each, or one CPU process each when `device` is `cpu`."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the actors run; `auto` is CUDA where there is a GPU."""
+    colocate: bool = True
+    """Engines share the actors' GPUs."""
+    address: str | None = None
+    """Address of a running Ray cluster; a local one is started when not given."""
+    timeout_s: float = 1800.0
+    """Seconds after which a phase of a step counts as hung."""
+
+
+@dataclass
+class LoggingSettings:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files to `tensorboard/`."""
+    wandb_project: str | None = None
+    """Weights & Biases project; off when not given."""
+
+
+@dataclass
+class Settings:
+    """All settings of a training run."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+    actor: ActorSettings = field(default_factory=ActorSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    @property
+    def world_size(self) -> int:
+        """Number of actor ranks."""
+        return self.cluster.nodes * self.cluster.gpus_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """World size over TP x PP."""
+        return self.world_size // (self.actor.tensor_parallel_size * self.actor.pipeline_parallel_size)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus longest response."""
+        return self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
