@@ -1,0 +1,49 @@
+"""Process groups and seeds of one Megatron rank."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from tic_megatron.actors.megatron import cpu
+from tic_megatron.config import ActorSettings
+
+
+def initialize(rank: int, world_size: int, master: str, settings: ActorSettings, *, seed: int, timeout_s: float) -> torch.device:
+    """Join the job's process groups and make Megatron's.
+
+    Args:
+        rank, world_size: of this process among all actors. TP ranks are neighbours, then DP, then PP (Megatron's order).
+        master: `host:port` of rank 0.
+        settings: the layout.
+        seed: of Megatron's random streams (nothing random happens in a Qwen3 forward pass; kept for checkpoints).
+        timeout_s: seconds after which a collective counts as hung.
+
+    Returns:
+        The device of this rank: its GPU, or the CPU through the adapter.
+    """
+    torch.set_num_threads(settings.threads)
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
+    else:
+        cpu.install()
+    host, port = master.rsplit(":", 1)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tensor_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")

@@ -1,0 +1,86 @@
+"""Importance ratios, in log space: which log-ratio does an objective clip and weight by?
+
+A ratio function maps per-token log-ratios to a vector of *units*, one per token or one per trajectory. `exp` is taken by
+the clips only, after the log-ratio has been bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which trajectory each response token of a packed batch belongs to.
+
+    `ids` [n_tokens]: trajectory index of each token held here; `lengths` [n_trajectories]: T_i, response tokens of each
+    trajectory over *all* ranks that share its sequence; `group`: those ranks (context parallelism), None for one.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, per_token: Tensor) -> Tensor:
+        """Sum over each trajectory's tokens, in fp64: [n_tokens] -> [n_trajectories]."""
+        sums = torch.zeros(self.lengths.shape[0], dtype=torch.float64, device=per_token.device)
+        sums = sums.index_add(0, self.ids, per_token.double())
+        return sum_over_group(sums, self.group)
+
+
+class _SumOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, group):
+        total = partial.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def sum_over_group(partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce with an identity backward.
+
+    Every rank of the group computes the same scalar objective J of the total L = sum_r L_r. The full gradient is
+    dJ/dL * sum_r dL_r/dtheta; rank r holds only the tokens of L_r, so with dL/dL_r = 1 (identity) its own gradient is
+    dJ/dL * dL_r/dtheta, and the *sum* of the ranks' gradients, which the gradient reduction over the group takes, is exact.
+    An all-reduce in the backward too would multiply it by the group's size.
+    """
+    if group is None or group.size() == 1:
+        return partial
+    return _SumOverGroup.apply(partial, group)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`log_ratio(trainer_logprobs, old_logprobs, segments)` gives the units' log-ratios; `per_token` says what a unit is."""
+
+    per_token: bool
+    log_ratio: Callable[[Tensor, Tensor, Segments], Tensor]
+
+
+def _token(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
+    return trainer - old
+
+
+def _trajectory(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
+    return segments.sum(trainer - old)
+
+
+def _sequence(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
+    return segments.sum(trainer - old) / segments.lengths.clamp(min=1)
+
+
+TOKEN = Ratio(per_token=True, log_ratio=_token)
+"""rho[i, t] = pi_theta / pi_old of one token."""
+TRAJECTORY = Ratio(per_token=False, log_ratio=_trajectory)
+"""W[i] = product of rho[i, t] over the trajectory (TIC-GRPO, Eq. 8)."""
+SEQUENCE = Ratio(per_token=False, log_ratio=_sequence)
+"""s[i] = W[i] ** (1 / T_i) (GSPO)."""

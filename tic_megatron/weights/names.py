@@ -1,0 +1,112 @@
+"""Where each Megatron parameter of a Qwen3 model lies in the Hugging Face checkpoint, and how it is sharded.
+
+One declarative table serves loading, export, weight transfer and checks. A tensor-parallel shard is a contiguous slice of
+every Hugging Face tensor that it is made of, so ranks read and send slices only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of the Hugging Face checkpoint: its name, full shape, and the dimension that TP shards (None: replicated)."""
+
+    name: str
+    shape: Shape
+    shard_dim: int | None
+
+    def shard_shape(self, tp_size: int) -> Shape:
+        """Shape of one rank's slice."""
+        return tuple(n // tp_size if d == self.shard_dim else n for d, n in enumerate(self.shape))
+
+    def shard_slice(self, tp_rank: int, tp_size: int) -> tuple[slice, ...]:
+        """Index of one rank's slice."""
+        part = [n // tp_size for n in self.shape]
+        return tuple(
+            slice(tp_rank * part[d], (tp_rank + 1) * part[d]) if d == self.shard_dim else slice(0, n)
+            for d, n in enumerate(self.shape)
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Megatron parameter.
+
+    `names` are its possible parameter names (Transformer Engine fuses norms into the linear that follows), with the
+    layer's *global* index; `join` makes the local parameter of the local slices of `parts`, `split` undoes it.
+    """
+
+    names: tuple[str, ...]
+    layer: int | None
+    parts: tuple[HFTensor, ...]
+    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor], list[Tensor]]
+
+
+def qwen3_weights(hf) -> list[Weight]:
+    """All parameters of a dense Qwen3 model, in the order of the forward pass.
+
+    Args:
+        hf: the model's Hugging Face configuration.
+    """
+    hidden, head_dim = hf.hidden_size, hf.head_dim
+    n_q, n_kv, ffn = hf.num_attention_heads, hf.num_key_value_heads, hf.intermediate_size
+    weights = [_single("embedding.word_embeddings.weight", "model.embed_tokens.weight", (hf.vocab_size, hidden), 0)]
+    for layer in range(hf.num_hidden_layers):
+        to, fro = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        attention, mlp = to + "self_attention.", to + "mlp."
+        input_norm = (to + "input_layernorm.weight", attention + "linear_qkv.layer_norm_weight")
+        mlp_norm = (to + "pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight")
+        weights += [
+            _single(input_norm, fro + "input_layernorm.weight", (hidden,), None, layer),
+            _qkv(attention + "linear_qkv.", fro + "self_attn.", "weight", (hidden,), n_q, n_kv, head_dim, layer),
+            _single(attention + "q_layernorm.weight", fro + "self_attn.q_norm.weight", (head_dim,), None, layer),
+            _single(attention + "k_layernorm.weight", fro + "self_attn.k_norm.weight", (head_dim,), None, layer),
+            _single(attention + "linear_proj.weight", fro + "self_attn.o_proj.weight", (hidden, n_q * head_dim), 1, layer),
+            _single(mlp_norm, fro + "post_attention_layernorm.weight", (hidden,), None, layer),
+            _gate_up(mlp + "linear_fc1.weight", fro + "mlp.", (ffn, hidden), layer),
+            _single(mlp + "linear_fc2.weight", fro + "mlp.down_proj.weight", (hidden, ffn), 1, layer),
+        ]
+        if hf.attention_bias:
+            weights.append(_qkv(attention + "linear_qkv.", fro + "self_attn.", "bias", (), n_q, n_kv, head_dim, layer))
+    weights.append(_single("decoder.final_layernorm.weight", "model.norm.weight", (hidden,), None))
+    if not hf.tie_word_embeddings:
+        weights.append(_single("output_layer.weight", "lm_head.weight", (hf.vocab_size, hidden), 0))
+    return weights
+
+
+def _single(names, hf_name: str, shape: Shape, shard_dim: int | None, layer: int | None = None) -> Weight:
+    names = (names,) if isinstance(names, str) else names
+    part = HFTensor(hf_name, shape, shard_dim)
+    return Weight(names, layer, (part,), join=lambda parts: parts[0], split=lambda local: [local])
+
+
+def _gate_up(name: str, hf_prefix: str, shape: Shape, layer: int) -> Weight:
+    """Megatron's fused first MLP matrix: each rank holds its gate rows above its up rows."""
+    parts = tuple(HFTensor(f"{hf_prefix}{part}_proj.weight", shape, 0) for part in ("gate", "up"))
+    return Weight((name,), layer, parts, join=torch.cat, split=lambda local: list(local.chunk(2)))
+
+
+def _qkv(prefix: str, hf_prefix: str, kind: str, tail: Shape, n_q: int, n_kv: int, head_dim: int, layer: int) -> Weight:
+    """Megatron's fused attention input: per KV group its query heads, then its key, then its value."""
+    heads = {"q": n_q, "k": n_kv, "v": n_kv}
+    parts = tuple(HFTensor(f"{hf_prefix}{p}_proj.{kind}", (n * head_dim, *tail), 0) for p, n in heads.items())
+    per_group = [n_q // n_kv * head_dim, head_dim, head_dim]
+
+    def join(parts: list[Tensor]) -> Tensor:
+        grouped = [part.reshape(-1, rows, *tail) for part, rows in zip(parts, per_group, strict=True)]
+        return torch.cat(grouped, dim=1).reshape(-1, *tail)
+
+    def split(local: Tensor) -> list[Tensor]:
+        groups = local.reshape(-1, sum(per_group), *tail)
+        return [part.reshape(-1, *tail) for part in groups.split(per_group, dim=1)]
+
+    return Weight((prefix + kind,), layer, parts, join, split)
