@@ -1,14 +1,19 @@
 """Typed settings of a run: one dataclass per YAML section, one docstring per field.
 
 `tic-megatron train --config FILE.yaml --section.field value` fills a `Settings`. This module knows nothing of the other
-packages; checks that need only the settings live in `Settings.validate`, checks that need files live in
+packages; checks that need only the settings live in `tic_megatron.config_checks`, checks that need files in
 `tic_megatron.commands.preflight`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import copy
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 
 class SettingsError(ValueError):
@@ -26,7 +31,7 @@ class RunSettings:
     seed: int = 0
     """Fixes prompts, sampling, packing and updates."""
     resume: str = "auto"
-    """`auto` continues from the newest checkpoint of the run folder, `never` refuses a folder that holds a run, or a checkpoint's path."""
+    """`auto` continues from the run folder's last checkpoint; `never` refuses a folder that holds a run; or a checkpoint path."""
     allow_change: list[str] = field(default_factory=list)
     """Settings (dotted names) that may differ from those of the run that is resumed."""
 
@@ -98,7 +103,7 @@ class RolloutSettings:
     group_size: int = 8
     """Responses sampled per prompt (G)."""
     max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens, chat template included; longer ones are refused before the start."""
+    """Longest prompt, in tokens, chat template included; longer training problems are left out and counted before the start."""
     max_response_tokens: int = 1024
     """Longest response (T), the constant of the length normalisation."""
     temperature: float = 1.0
@@ -234,3 +239,43 @@ class Settings:
     def max_sequence_tokens(self) -> int:
         """Longest prompt plus longest response."""
         return self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+
+    def flatten(self) -> dict[str, Any]:
+        """Every setting under its dotted name, such as `{"trainer.steps": 100, ...}`."""
+        return {f"{section}.{name}": value for section, fields in asdict(self).items() for name, value in fields.items()}
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, which `--config` reads again."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=130)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_yaml()` to a file."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def resolve(self) -> Settings:
+        """A copy with derived defaults filled in and paths made absolute (workers may start in other folders).
+
+        `cluster.device` stays `auto`: asking for a GPU means importing torch, which `commands.preflight` does last.
+        """
+        settings = copy.deepcopy(self)
+        settings.run.dir = _absolute(settings.run.dir or f"runs/{settings.run.name}")
+        settings.data.train = _absolute(settings.data.train)
+        settings.data.eval = settings.data.eval and _absolute(settings.data.eval)
+        settings.rollout.replay = settings.rollout.replay and _absolute(settings.rollout.replay)
+        if Path(settings.model.path).expanduser().is_dir():  # otherwise it may be a hub name
+            settings.model.path = _absolute(settings.model.path)
+        if settings.run.resume not in ("auto", "never"):
+            settings.run.resume = _absolute(settings.run.resume)
+        if settings.rollout.precision == "auto":
+            settings.rollout.precision = settings.actor.precision
+        return settings
+
+    def validate(self) -> None:
+        """Check everything that can be checked without files; raises SettingsError for the first thing that is wrong."""
+        from tic_megatron.config_checks import check_settings  # it imports this module
+
+        check_settings(self)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())

@@ -1,0 +1,129 @@
+"""Checks that need nothing but the settings: ranges, and settings that contradict each other."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from tic_megatron.config import Settings, SettingsError
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise SettingsError for the first setting that is out of its range or contradicts another."""
+    _check_numbers(settings)
+    _check_texts(settings)
+    _check_batches(settings)
+    _check_layout(settings)
+    if settings.rollout.top_p != 1.0:
+        _refuse("rollout.top_p", settings.rollout.top_p, "nucleus sampling breaks the importance ratio; give 1.0")
+    if settings.actor.optimizer == "sgd" and settings.actor.distributed_optimizer:
+        _refuse("actor.optimizer", "sgd", "Megatron's distributed optimizer has no SGD; give actor.distributed_optimizer false")
+    if settings.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        _refuse("logging.wandb_project", settings.logging.wandb_project, "the package wandb is missing; install it, or give null")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name most like a misspelt one; the last part of a dotted name may be all that was given (`steps`)."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return max(whole, 0.99 * last) + 0.01 * whole
+
+    return max(valid, key=likeness)
+
+
+def _check_numbers(settings: Settings) -> None:
+    for key, value in settings.flatten().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse(key, value, "give a finite number")
+        if value is None or key not in RANGES:
+            continue
+        low, high, ends = RANGES[key]
+        if value < low or value > high or (value == low and ends[0] == "(") or (value == high and ends[1] == ")"):
+            _refuse(key, value, f"it must be {_describe_range(low, high, ends)}")
+    peak, final = settings.actor.learning_rate, settings.actor.min_learning_rate
+    if final > peak:
+        _refuse("actor.min_learning_rate", final, f"the decay must end at or below its peak, actor.learning_rate {peak}")
+
+
+def _check_texts(settings: Settings) -> None:
+    values = settings.flatten()
+    for key in ("model.path", "data.train"):
+        if not values[key]:
+            raise SettingsError(f"{key} is not given: set it in the config file or with --{key}")
+    for key, value in values.items():
+        if isinstance(value, str) and not value.strip():
+            raise SettingsError(f"{key} is empty: give a value, or leave the setting out")
+    name = settings.run.name
+    if settings.run.dir is None and (Path(name).name != name or name in (".", "..")):
+        _refuse("run.name", name, "it names the folder runs/<name>, so it must be a plain name; give run.dir for a path")
+    for key in settings.run.allow_change:
+        if key not in values:
+            raise SettingsError(f"run.allow_change names {key!r}, which is no setting; did you mean {nearest(key, values)}?")
+
+
+def _check_batches(settings: Settings) -> None:
+    trainer, rollout, actor = settings.trainer, settings.rollout, settings.actor
+    if trainer.prompts_per_step % trainer.updates_per_step:
+        reason = f"it must be a multiple of trainer.updates_per_step, {trainer.updates_per_step}, for equal mini-batches"
+        _refuse("trainer.prompts_per_step", trainer.prompts_per_step, reason)
+    if actor.max_tokens_per_microbatch < settings.max_sequence_tokens:
+        reason = (
+            f"it must hold the longest sequence, rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
+            f"rollout.max_response_tokens {rollout.max_response_tokens} = {settings.max_sequence_tokens}"
+        )
+        _refuse("actor.max_tokens_per_microbatch", actor.max_tokens_per_microbatch, reason)
+
+
+def _check_layout(settings: Settings) -> None:
+    actor, cluster, trainer = settings.actor, settings.cluster, settings.trainer
+    tp, pp = actor.tensor_parallel_size, actor.pipeline_parallel_size
+    world = f"cluster.nodes {cluster.nodes} x cluster.gpus_per_node {cluster.gpus_per_node} = {settings.world_size} ranks"
+    if settings.world_size % (tp * pp):
+        layout = f"actor.tensor_parallel_size {tp} x actor.pipeline_parallel_size {pp} = {tp * pp}"
+        raise SettingsError(f"{layout} does not divide {world}: change one of them")
+    trajectories = trainer.prompts_per_step // trainer.updates_per_step * settings.rollout.group_size
+    if trajectories % settings.data_parallel_size:
+        raise SettingsError(
+            f"an update's {trajectories} trajectories (trainer.prompts_per_step / trainer.updates_per_step x rollout.group_size) "
+            f"cannot be shared equally by {settings.data_parallel_size} data-parallel ranks ({world} at TP {tp}, PP {pp}): "
+            "change one of them"
+        )
+
+
+def _refuse(key: str, value: object, reason: str) -> NoReturn:
+    raise SettingsError(f"{key} is {value}: {reason}")
+
+
+def _describe_range(low: float, high: float, ends: str) -> str:
+    lower = f"{'more than' if ends[0] == '(' else 'at least'} {low}"
+    upper = f"{'less than' if ends[1] == ')' else 'at most'} {high}"
+    return lower if high == math.inf else f"{lower} and {upper}"
+
+
+def _ranges(low: float, high: float, ends: str, keys: str) -> dict[str, tuple[float, float, str]]:
+    return {key: (low, high, ends) for key in keys.split()}
+
+
+# Key -> (low, high, ends). As in the notation of intervals, a round bracket leaves that end out.
+RANGES = {
+    **_ranges(2, math.inf, "[)", "rollout.group_size"),
+    **_ranges(1, math.inf, "[)", "trainer.steps trainer.prompts_per_step trainer.updates_per_step trainer.keep_checkpoints"),
+    **_ranges(1, math.inf, "[)", "trainer.noise_check_every data.eval_limit cluster.nodes cluster.gpus_per_node"),
+    **_ranges(1, math.inf, "[)", "rollout.engines rollout.tensor_parallel_size rollout.max_prompt_tokens"),
+    **_ranges(1, math.inf, "[)", "rollout.max_response_tokens rollout.cpu_kv_cache_gib rollout.weight_bucket_mib"),
+    **_ranges(1, math.inf, "[)", "actor.tensor_parallel_size actor.pipeline_parallel_size actor.threads"),
+    **_ranges(1, math.inf, "[)", "actor.max_tokens_per_microbatch actor.logprob_chunk_tokens"),
+    **_ranges(0, math.inf, "[)", "trainer.eval_every trainer.save_every rollout.save_every actor.lr_warmup_updates"),
+    **_ranges(0, math.inf, "[)", "actor.learning_rate actor.min_learning_rate actor.weight_decay actor.grad_clip"),
+    **_ranges(0, math.inf, "()", "rollout.temperature reward.timeout_s cluster.timeout_s actor.adam_eps algorithm.eps_high"),
+    **_ranges(0, 1, "[)", "actor.adam_beta1 actor.adam_beta2"),
+    **_ranges(0, 1, "()", "algorithm.eps_low"),
+    **_ranges(0, 1, "(]", "rollout.gpu_memory_utilization"),
+    **_ranges(0, 2**31 - 1, "[]", "run.seed"),
+}
