@@ -1,0 +1,202 @@
+"""Prompt sets: JSONL rows -> checked problems -> tokenized prompts, and the cursor that deals them out."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tic_megatron.config import DataSettings, SettingsError
+from tic_megatron.trajectory import Prompt
+
+if TYPE_CHECKING:  # it takes seconds to import, and bad rows are refused without it
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One checked row: chat messages, the reference answer, and the place it came from (`train.jsonl:17`)."""
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    where: str
+
+
+def load_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> list[Prompt]:
+    """Read, check and tokenize a prompt set: `read_problems`, then `tokenize_problems`."""
+    return tokenize_problems(read_problems(path, data), tokenizer)
+
+
+def read_problems(path: str | Path, data: DataSettings) -> list[Problem]:
+    """Read a JSONL file of problems, without a tokenizer.
+
+    The problem's field holds text, or a list of chat messages `{"role", "content"}`; the answer's field text or a number.
+    A field may lie deeper (`reward_model.ground_truth`). A row without `id` is called `<file stem>:<line>`. Blank lines are
+    passed over. Raises SettingsError naming file and line for a row that cannot be used, and for a file without any.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise SettingsError(f"{path}: problems are read from .jsonl files, one JSON object per line; convert it")
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give an existing .jsonl file") from error
+    problems = [
+        _read_row(line, f"{path}:{number}", f"{path.stem}:{number}", data) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not problems:
+        raise SettingsError(f"{path}: holds no problems; give a file with one JSON object per line")
+    return problems
+
+
+def tokenize_problems(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Apply the tokenizer's chat template, with the header of the assistant's turn, and tokenize."""
+    texts = [_render(problem, tokenizer) for problem in problems]
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes the special tokens
+    return [
+        Prompt(id=problem.id, text=problem.messages[-1]["content"], answer=problem.answer, token_ids=tuple(ids))
+        for problem, ids in zip(problems, token_ids, strict=True)
+    ]
+
+
+def _render(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(problem.messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates are programs; some raise on roles that they do not know
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingsError(f"{problem.where}: the tokenizer's chat template refuses this problem ({reason})") from error
+
+
+def _read_row(line: bytes, where: str, default_id: str, data: DataSettings) -> Problem:
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{where}: is not UTF-8 text (byte {error.start} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{where}: malformed JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise SettingsError(f"{where}: must be a JSON object with the fields {data.prompt_field!r} and {data.answer_field!r}")
+    messages = _messages(_field(row, data.prompt_field, "data.prompt_field", where), data.prompt_field, where)
+    if data.system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": data.system_prompt}, *messages]
+    answer = _answer(_field(row, data.answer_field, "data.answer_field", where), data.answer_field, where)
+    row_id = row.get("id")
+    return Problem(default_id if row_id is None else str(row_id), tuple(messages), answer, where)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _field(row: dict[str, Any], field: str, setting: str, where: str) -> Any:
+    """The field's value; a name with dots that is no field itself leads through nested objects."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, dict) or part not in value:
+            names = ", ".join(repr(name) for name in list(row)[:8]) or "none"
+            raise SettingsError(f"{where}: has no field {field!r} (its fields: {names}); add it, or set {setting}")
+        value = value[part]
+    return value
+
+
+def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        _refuse_value(value, field, where, "text or a list of chat messages")
+    for message in value:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            _refuse_value(value, field, where, 'a list of chat messages {"role": text, "content": text}')
+        if not message["content"].strip():
+            raise SettingsError(f"{where}: field {field!r} is empty")
+        _check_characters(message["content"], field, where)
+    if value[-1]["role"] == "assistant":
+        raise SettingsError(f"{where}: field {field!r} ends in a message of the assistant, so there is nothing to answer")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _answer(value: Any, field: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        _refuse_value(value, field, where, "text or a number")
+    text = str(value)
+    if not text.strip():
+        raise SettingsError(f"{where}: field {field!r} is empty")
+    _check_characters(text, field, where)
+    return text
+
+
+def _refuse_value(value: Any, field: str, where: str, expected: str) -> NoReturn:
+    shown = json.dumps(value, ensure_ascii=True)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise SettingsError(f"{where}: field {field!r} is {shown}; expected {expected}")
+
+
+def _check_characters(text: str, field: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character; tokenizers raise on it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"{where}: field {field!r} holds half a surrogate pair at character {error.start}") from error
+
+
+class PromptCursor:
+    """Deals out prompts in seeded random order, epoch after epoch; its place can be saved.
+
+    Within an epoch every prompt comes once; a batch that the epoch cannot fill goes on into the next one. The shuffle is what
+    assigns prompts to mini-batches at random, before anything is generated, as the unbiasedness of the gradient asks.
+
+    Example: `PromptCursor(prompts, seed=0).next(128)`.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        """`prompts`: at least one; `seed` and the prompts' order fix all that `next` will return."""
+        if not prompts:
+            raise ValueError("a prompt cursor needs at least one prompt")
+        self._prompts = list(prompts)
+        self._fingerprint = zlib.crc32(repr([(p.id, p.token_ids, p.answer) for p in self._prompts]).encode())
+        self._start(seed, epoch=0, position=0)
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts."""
+        batch: list[Prompt] = []
+        while len(batch) < n:
+            if self._position == len(self._order):
+                self._start(self._seed, self._epoch + 1, position=0)
+            taken = self._order[self._position : self._position + n - len(batch)]
+            self._position += len(taken)
+            batch += [self._prompts[index] for index in taken]
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place: plain numbers, for a checkpoint."""
+        return {"seed": self._seed, "epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, int], *, allow_other_prompts: bool = False) -> None:
+        """Continue from a saved place, under the saved seed.
+
+        When the prompts are not those of the saved state this raises SettingsError, or, with `allow_other_prompts`, starts
+        the next epoch on the new ones.
+        """
+        if state["fingerprint"] == self._fingerprint:
+            self._start(state["seed"], state["epoch"], state["position"])
+        elif allow_other_prompts:
+            self._start(state["seed"], state["epoch"] + 1, position=0)
+        else:
+            raise SettingsError(
+                "data.train: the training problems are not those of the checkpoint (rows, tokenizer, system prompt or length "
+                "limit have changed); restore them, give a new --run.dir, or allow it with --run.allow_change data.train"
+            )
+
+    def _start(self, seed: int, epoch: int, position: int) -> None:
+        self._seed, self._epoch, self._position = seed, epoch, position
+        self._order = list(range(len(self._prompts)))
+        random.Random(f"{seed}:{epoch}").shuffle(self._order)
