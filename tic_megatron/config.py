@@ -70,6 +70,8 @@ class RewardSettings:
     """Name of a registered reward: `math` (math-verify) or `exact` (the answer as the whole response)."""
     timeout_s: float = 10.0
     """Seconds after which grading one response is given up and counts 0."""
+    workers: int = 2
+    """Grader processes, for rewards that need a time limit (`math`)."""
 
 
 @dataclass
@@ -116,6 +118,8 @@ class RolloutSettings:
     """Share of a GPU's memory that an engine may use while awake."""
     cpu_kv_cache_gib: int = 1
     """Size of an engine's KV cache on a CPU, in GiB."""
+    threads: int = 1
+    """CPU threads per engine process."""
     weight_bucket_mib: int = 256
     """Largest bucket of the weight transfer, in MiB; sender and receiver hold at most two."""
     replay: str | None = None

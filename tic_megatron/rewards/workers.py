@@ -1,0 +1,201 @@
+"""Grading of a rollout: in the caller's process for plain rewards, in worker processes under a time limit for the others.
+
+Workers are started once and kept between steps. Each has one response at a time; when it takes longer than the limit the
+worker is killed and replaced, that response counts 0, and the other workers go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tic_megatron
+from tic_megatron.config import RewardSettings
+from tic_megatron.rewards.registry import RewardFunction, get_reward
+from tic_megatron.trajectory import Group
+
+START_LIMIT_S = 120.0
+"""A worker that is not ready by then counts as broken (its imports take about a second)."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GradeReport:
+    """What happened while grading. Timed-out and failed responses have reward 0."""
+
+    graded: int = 0
+    timed_out: int = 0
+    failed: int = 0
+
+
+class RewardWorkers:
+    """Grades responses with the configured reward. Starts its processes at once, so that their imports overlap with other work.
+
+    Example:
+
+        with RewardWorkers(settings.reward, log_path=run_dir / "logs" / "rewards.log") as rewards:
+            report = rewards.grade_groups(groups)       # sets trajectory.reward everywhere
+    """
+
+    def __init__(self, settings: RewardSettings, log_path: Path | None = None) -> None:
+        """SettingsError for an unknown reward. What graders print goes to `log_path`, or nowhere."""
+        self._reward = get_reward(settings.function)
+        self._time_limit_s = settings.timeout_s
+        self._log_path = log_path
+        self._workers: list[_Worker] = []
+        if self._reward.isolated:
+            self._workers = [self._start() for _ in range(max(1, settings.workers))]
+
+    def grade_groups(self, groups: Sequence[Group]) -> GradeReport:
+        """Set `reward` of every trajectory of the groups."""
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        rewards, report = self.grade([(trajectory.text, trajectory.prompt.answer) for trajectory in trajectories])
+        for trajectory, reward in zip(trajectories, rewards, strict=True):
+            trajectory.reward = reward
+        return report
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], GradeReport]:
+        """Rewards of (response, answer) pairs, in order. RuntimeError when workers cannot be started."""
+        report = GradeReport(graded=len(pairs))
+        rewards = [0.0] * len(pairs)
+        if not self._reward.isolated:
+            for index, (response, answer) in enumerate(pairs):
+                rewards[index] = _grade_inline(self._reward.function, response, answer, report)
+            return rewards, report
+        queue = deque(range(len(pairs)))
+        while queue or any(worker.task is not None for worker in self._workers):
+            for worker in self._workers:
+                if queue and worker.idle and worker.send(queue[0], *pairs[queue[0]]):
+                    queue.popleft()
+            self._wait(rewards, report)
+        return rewards, report
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def __enter__(self) -> RewardWorkers:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _start(self) -> _Worker:
+        return _Worker(self._reward.name, self._time_limit_s, self._log_path)
+
+    def _wait(self, rewards: list[float], report: GradeReport) -> None:
+        """Take in what the workers reply until one is free or overruns its limit; replace the dead."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker.output, selectors.EVENT_READ, worker)
+            patience = max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic())
+            ready = [key.data for key, _ in selector.select(None if math.isinf(patience) else patience)]
+        for worker in ready:
+            for message in worker.receive():
+                _record(worker, message, rewards, report)
+        for position, worker in enumerate(self._workers):
+            if worker.alive and time.monotonic() < worker.deadline:
+                continue
+            if worker.starting:
+                worker.kill()
+                raise RuntimeError(
+                    f"a grader of reward {self._reward.name!r} did not start; its output: {self._log_path or 'not kept'}"
+                )
+            report.timed_out += worker.alive
+            report.failed += not worker.alive and worker.task is not None
+            logger.warning("a grader %s and was replaced", "overran its time limit" if worker.alive else "died")
+            worker.kill()
+            self._workers[position] = self._start()
+
+
+def _grade_inline(function: RewardFunction, response: str, answer: str, report: GradeReport) -> float:
+    try:
+        return float(function(response, answer))
+    except Exception:
+        logger.warning("grading failed", exc_info=True)
+        report.failed += 1
+        return 0.0
+
+
+def _record(worker: _Worker, message: dict, rewards: list[float], report: GradeReport) -> None:
+    if "ready" in message:
+        worker.starting, worker.deadline = False, math.inf
+        return
+    if "error" in message:
+        logger.warning("grading failed: %s", message["error"])
+        report.failed += 1
+    rewards[worker.task] = message.get("reward", 0.0)
+    worker.task, worker.deadline = None, math.inf
+
+
+class _Worker:
+    """One process of `worker_main` and what it is doing: `task` is the index of the response that it grades."""
+
+    def __init__(self, reward_name: str, time_limit_s: float, log_path: Path | None) -> None:
+        self.task: int | None = None
+        self.starting = True
+        self.alive = True
+        self.deadline = time.monotonic() + START_LIMIT_S
+        self._time_limit_s = time_limit_s
+        self._buffer = b""
+        package_parent = str(Path(tic_megatron.__file__).resolve().parent.parent)
+        search_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_path or os.devnull, "ab") as log:
+            self._process = subprocess.Popen(
+                # A plain interpreter, not multiprocessing: that would import the caller's main module, torch and all.
+                [sys.executable, "-P", "-m", "tic_megatron.rewards.worker_main", reward_name, str(time_limit_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is the driver's to handle; a worker ends when its pipe closes
+            )
+        self.output = self._process.stdout
+
+    @property
+    def idle(self) -> bool:
+        return self.alive and not self.starting and self.task is None
+
+    def send(self, index: int, response: str, answer: str) -> bool:
+        """Give an idle worker a task; False when it died meanwhile. An idle worker reads, so the pipe can't fill up."""
+        try:
+            self._process.stdin.write(json.dumps({"response": response, "answer": answer}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.alive = False
+            return False
+        self.task, self.deadline = index, time.monotonic() + self._time_limit_s
+        return True
+
+    def receive(self) -> list[dict]:
+        """Complete messages that have arrived; at the end of the pipe the worker is dead."""
+        data = os.read(self.output.fileno(), 1 << 16)
+        if not data:
+            self.alive = False
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def kill(self) -> None:
+        """End the process at once, and collect it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # an unflushed task of a dead worker
+                continue
