@@ -1,0 +1,1 @@
+"""What a run shows and keeps: metrics, timers, progress, plots, saved rollouts, logs, summary."""

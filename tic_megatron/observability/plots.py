@@ -1,0 +1,146 @@
+"""`curves.png`: the metrics of a run on one page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tic_megatron.observability.metrics import METRICS_FILE, Row, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES_FILE = "curves.png"
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#6b46c1"
+_PHASES = {
+    "generate": _BLUE,
+    "reward": _GREEN,
+    "old_logprob": _ORANGE,
+    "update": _RED,
+    "weight_sync": _PURPLE,
+    "eval": "#718096",
+    "save": "#a0aec0",
+}
+
+
+def plot_curves(run_dir: Path | str) -> Path | None:
+    """Draw the run's `metrics.jsonl` to `curves.png` and return its path; None when there are no metrics yet.
+
+    Missing metrics leave their panel empty, with a remark.
+    """
+    run_dir = Path(run_dir)
+    rows = read_metrics(run_dir / METRICS_FILE)
+    if not rows:
+        return None
+    # The object-oriented interface: pyplot would load a GUI backend and keep global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(run_dir.resolve().name, fontsize=14, fontweight="bold")
+    panels = (_reward, _accuracy, _log_ratio, _effective_sample_size, _gradient_norm, _timings)
+    for panel, axes in zip(panels, figure.subplots(2, 3).flat, strict=True):
+        panel(axes, rows)
+        _finish(axes)
+    path = run_dir / CURVES_FILE
+    temporary = run_dir / f".{CURVES_FILE}.{os.getpid()}.tmp"
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+    return path
+
+
+def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) where the metric was measured and finite."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _line(axes: Axes, rows: Sequence[Row], name: str, *, color: str, label: str | None = None, smooth: bool = True) -> None:
+    """The metric, faint, with its running mean over it when there are many steps."""
+    steps, values = _series(rows, name)
+    if not values:
+        return
+    window = max(1, len(values) // 20) if smooth else 1
+    if window == 1:
+        axes.plot(steps, values, color=color, label=label, marker="o" if len(values) < 40 else None, markersize=3)
+        return
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, _running_mean(values, window), color=color, label=label)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and up to `window - 1` before it."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        means.append(sum(recent) / len(recent))
+    return means
+
+
+def _reward(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Mean reward of the rollout")
+    _line(axes, rows, "reward/mean", color=_BLUE, label="reward")
+    _line(axes, rows, "reward/zero_advantage_fraction", color="#a0aec0", label="groups without signal")
+    axes.set_ylim(bottom=0)
+
+
+def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Held-out accuracy (greedy)")
+    names = sorted({name for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy")})
+    for name, color in zip(names, (_GREEN, _BLUE, _ORANGE, _RED, _PURPLE), strict=False):
+        _line(axes, rows, name, color=color, label=name.split("/")[1], smooth=False)
+        steps, values = _series(rows, name)
+        if values:
+            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(-4, 6), textcoords="offset points", ha="right")
+    axes.set_ylim(0, 1)
+
+
+def _log_ratio(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Trajectory log-ratio L and clipping")
+    _line(axes, rows, "policy/log_ratio_std", color=_ORANGE, label="std of L")
+    _line(axes, rows, "policy/ratio_capped_fraction", color=_RED, label="share capped")
+    axes.set_ylim(bottom=0)
+
+
+def _effective_sample_size(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Effective sample size of W / N")
+    _line(axes, rows, "policy/ess", color=_PURPLE)
+    axes.set_ylim(0, 1.05)
+
+
+def _gradient_norm(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Gradient norm")
+    _line(axes, rows, "policy/grad_norm", color=_BLUE)
+    axes.set_ylim(bottom=0)
+
+
+def _timings(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_title("Where a step's time goes (s)")
+    steps = [row["step"] for row in rows if row["step"] > 0]
+    stacks = {
+        phase: [row.get(f"timing/{phase}_s") or 0.0 for row in rows if row["step"] > 0]
+        for phase in _PHASES
+        if any(row.get(f"timing/{phase}_s") for row in rows)
+    }
+    if not stacks:
+        return
+    colors = [_PHASES[phase] for phase in stacks]
+    axes.stackplot(
+        steps, *stacks.values(), labels=list(stacks), colors=colors, alpha=0.85, step="mid" if len(steps) > 1 else None
+    )
+    # The first steps warm caches up; their times would flatten all others.
+    totals = sorted(map(sum, zip(*stacks.values(), strict=True)))
+    axes.set_ylim(0, 1.3 * totals[min(len(totals) - 1, int(0.97 * len(totals)))] or 1.0)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#718096")
+    elif len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=9)

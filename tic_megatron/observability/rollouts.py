@@ -1,0 +1,134 @@
+"""Saved rollouts: one JSONL file per step, readable by people, and complete enough to train on again (`--rollout.replay`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.config import SettingsError
+from tic_megatron.observability.files import atomic_writer
+from tic_megatron.trajectory import Group, Prompt, Trajectory
+
+ROLLOUTS_FOLDER = "rollouts"
+
+
+def rollout_path(run_dir: Path | str, step: int) -> Path:
+    """File of a step's rollout, e.g. `RUN/rollouts/step_000012.jsonl`."""
+    return Path(run_dir) / ROLLOUTS_FOLDER / _file_name(step)
+
+
+def find_rollout(replay: Path | str, step: int) -> Path:
+    """The file that `rollout.replay` names for a step: itself, or that step's file in a run folder or its `rollouts/`."""
+    replay = Path(replay)
+    candidates = [replay] if replay.is_file() else [replay / _file_name(step), rollout_path(replay, step)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise SettingsError(
+        f"rollout.replay: no saved rollout of step {step} at {replay}; "
+        f"give a {_file_name(step)}, or a folder that holds it (written when rollout.save_every is 1)"
+    )
+
+
+def write_rollout(path: Path | str, step: int, groups: Sequence[Group]) -> None:
+    """Write a row per trajectory, what people read first. Floats are written so that they are read back exactly."""
+    with atomic_writer(Path(path)) as stream:
+        for index, group in enumerate(groups):
+            for trajectory in group.trajectories:
+                stream.write(json.dumps(_row(step, index, trajectory), ensure_ascii=False) + "\n")
+
+
+def read_rollout(path: Path | str) -> list[Group]:
+    """The groups that were written, equal in every field. SettingsError, with the line, for a file that is not a rollout."""
+    path = Path(path)
+    groups: dict[int, Group] = {}
+    try:
+        # Not strict UTF-8, and no line ends but "\n": see the writer.
+        with open(path, encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                row = _checked_row(path, number, line)
+                trajectory = _trajectory(row)
+                group = groups.setdefault(row["group"], Group(trajectory.prompt, []))
+                group.trajectories.append(trajectory)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"rollout.replay: {path} cannot be read ({error}); give a file of a run's rollouts/ folder"
+        ) from error
+    if not groups:
+        raise SettingsError(f"rollout.replay: {path} is empty; give a file of a run's rollouts/ folder")
+    return list(groups.values())
+
+
+def _file_name(step: int) -> str:
+    return f"step_{step:06d}.jsonl"
+
+
+def _row(step: int, group: int, trajectory: Trajectory) -> dict[str, Any]:
+    prompt = trajectory.prompt
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "problem": prompt.text,
+        "answer": prompt.answer,
+        "response": trajectory.text,
+        "reward": trajectory.reward,
+        "advantage": trajectory.advantage,
+        "truncated": trajectory.truncated,
+        "weight_version": trajectory.weight_version,
+        "group": group,
+        "prompt_token_ids": list(prompt.token_ids),
+        "response_ids": trajectory.response_ids,
+        "inference_logprobs": trajectory.inference_logprobs,
+        "response_mask": trajectory.response_mask,
+    }
+
+
+_FIELDS = {
+    "prompt_id": str,
+    "problem": str,
+    "answer": str,
+    "response": str,
+    "reward": float,
+    "advantage": float,
+    "truncated": bool,
+    "weight_version": int,
+    "group": int,
+    "prompt_token_ids": list,
+    "response_ids": list,
+    "inference_logprobs": list,
+    "response_mask": list,
+}
+
+
+def _checked_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    place = f"rollout.replay: {path}, line {number}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{place}: not a JSON object; write the rollout again") from error
+    for name, kind in _FIELDS.items():
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise SettingsError(f"{place}: field {name!r} is missing or not a {kind.__name__}; write the rollout again")
+    if not len(row["response_ids"]) == len(row["inference_logprobs"]) == len(row["response_mask"]) > 0:
+        raise SettingsError(
+            f"{place}: response_ids, inference_logprobs and response_mask must have one entry per response token; "
+            "write the rollout again"
+        )
+    return row
+
+
+def _trajectory(row: dict[str, Any]) -> Trajectory:
+    return Trajectory(
+        prompt=Prompt(id=row["prompt_id"], text=row["problem"], answer=row["answer"], token_ids=tuple(row["prompt_token_ids"])),
+        response_ids=row["response_ids"],
+        inference_logprobs=row["inference_logprobs"],
+        response_mask=row["response_mask"],
+        text=row["response"],
+        truncated=row["truncated"],
+        weight_version=row["weight_version"],
+        reward=row["reward"],
+        advantage=row["advantage"],
+    )
