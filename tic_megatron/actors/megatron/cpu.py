@@ -49,9 +49,7 @@ def install() -> None:
 
 
 def _is_accelerator(device) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
 
 
 def _factory_on_cpu(factory):

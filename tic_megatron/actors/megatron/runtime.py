@@ -39,11 +39,17 @@ def initialize(rank: int, world_size: int, master: str, settings: ActorSettings,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    arrange(settings, seed=seed)
+    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+
+
+def arrange(settings: ActorSettings, *, seed: int) -> None:
+    """Make Megatron's process groups for a layout, in place of those of an earlier one."""
     from megatron.core import parallel_state, tensor_parallel
 
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_parallel_size,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,0 +1,115 @@
+"""What the ranks of the Megatron tests do (run by tests.ranks, in fresh processes)."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.rollouts import random_rollout
+from tic_megatron.config import Settings
+from tic_megatron.data.packing import pack_rollout
+
+
+def layout_settings(world_size: int, *, objective: str, tp=1, pp=1, sp=True, distributed=False, **actor) -> Settings:
+    settings = Settings()
+    settings.cluster.gpus_per_node = world_size
+    settings.algorithm.objective = objective
+    settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens = 40, 40
+    settings.rollout.temperature = 0.8
+    a = settings.actor
+    a.tensor_parallel_size, a.pipeline_parallel_size, a.sequence_parallel = tp, pp, sp
+    a.distributed_optimizer = distributed
+    a.max_tokens_per_microbatch, a.learning_rate, a.logprob_chunk_tokens = 300, 1e-3, 37
+    for key, value in actor.items():
+        setattr(a, key, value)
+    return settings
+
+
+def rollout(vocab: int):
+    return random_rollout(seed=3, n_prompts=10, group_size=3, vocab=vocab)
+
+
+def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> list[dict]:
+    """For each case: two updates on a rollout of two mini-batches. Returns, per case, this rank's view: statistics of each
+    update and, of the second (where the ratio is in use), the gradient's slices under Hugging Face names."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+
+    results = []
+    for i, case in enumerate(cases):
+        model = case.pop("model")
+        settings = layout_settings(world_size, **case)
+        if i == 0:
+            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+        else:
+            runtime.arrange(settings.actor, seed=0)
+        backend = MegatronBackend(settings, model, device)
+        groups = rollout(backend.hf.vocab_size)
+        step = PolicyStep(backend, settings)
+        step.load(pack_rollout(groups, 2, settings.data_parallel_size, settings.actor.max_tokens_per_microbatch))
+        step.old_logprobs(check_noise=True)
+        stats0, noise = step.update(0)
+        stats1, _ = step.update(1)
+        gradient = {
+            hf.name: (hf.shard_dim, backend.weights.tp_rank, piece.clone())
+            for weight, parameter in backend.weights.owned()
+            for hf, piece in zip(weight.parts, weight.split(parameter.main_grad), strict=True)
+        }
+        parameters = {
+            hf.name: (hf.shard_dim, backend.weights.tp_rank, piece.detach().clone())
+            for weight, parameter in backend.weights.owned()
+            for hf, piece in zip(weight.parts, weight.split(parameter), strict=True)
+        }
+        results.append({"stats": [stats0, stats1], "noise": noise, "gradient": gradient, "parameters": parameters})
+    return results
+
+
+def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[float]:
+    """max |L| at theta_old with the packing kept, and with another packing between the two passes."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep, pack_inputs
+    from tic_megatron.data.packing import pack_mini_batch
+
+    settings = layout_settings(world_size, objective="tic_grpo")
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, model, device)
+    groups = rollout(backend.hf.vocab_size)
+    step = PolicyStep(backend, settings)
+    step.load([pack_mini_batch(groups, 1, 300)])
+    step.old_logprobs(check_noise=True)
+    kept = step.update(0)[1]
+
+    # The same trajectories, one per micro-batch: other shapes, other kernels.
+    backend = MegatronBackend(settings, model, device)
+    step = PolicyStep(backend, settings)
+    step.load([pack_mini_batch(groups, 1, 300)])
+    for m, micro_batch in enumerate(step.mini_batches[0].shards[0]):
+        alone = [type(micro_batch)([t]) for t in micro_batch.trajectories]
+        inputs = [pack_inputs(a, alignment=1, device=device) for a in alone]
+        step.old.setdefault(0, []).append(torch.cat(backend.forward(inputs)))
+        assert step.old[0][m].shape == step.inputs[0][m].targets.shape
+    return [kept, step.update(0)[1]]
+
+
+def logits(rank: int, world_size: int, master: str, models: list[str], token_ids: list[int]) -> list[torch.Tensor]:
+    """Full logits [tokens, vocab] of one sequence, from each model directory."""
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+
+    settings = layout_settings(world_size, objective="tic_grpo")
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    n = len(token_ids)
+    ids = torch.tensor([token_ids], device=device)
+    starts = torch.tensor([0, n], dtype=torch.int32, device=device)
+    packed = PackedSeqParams("thd", starts, starts, max_seqlen_q=n, max_seqlen_kv=n)
+    packed.cp_group = parallel_state.get_context_parallel_group()
+    outputs = []
+    for model in models:
+        backend = MegatronBackend(settings, model, device)
+        with torch.no_grad():
+            outputs.append(backend.model(ids, torch.arange(n)[None], attention_mask=None, packed_seq_params=packed)[0])
+    return outputs

@@ -1,0 +1,34 @@
+"""Seeded rollouts of random tokens, for tests that need trajectories but no generator."""
+
+from __future__ import annotations
+
+import random
+
+from tic_megatron.algorithms import group_advantages
+from tic_megatron.trajectory import Group, Prompt, Trajectory
+
+
+def random_rollout(
+    *, seed: int, n_prompts: int, group_size: int, vocab: int, max_prompt: int = 20, max_response: int = 30
+) -> list[Group]:
+    """Groups with random lengths (single-token responses among them), rewards 0 or 1, and advantages.
+
+    Token 0 is left out: it is the padding token of the small models, whose embedding transformers does not train.
+    """
+    import torch
+
+    rng = random.Random(seed)
+    groups = []
+    for p in range(n_prompts):
+        prompt = Prompt(f"p{p}", "", "", tuple(rng.randrange(1, vocab) for _ in range(rng.randint(3, max_prompt))))
+        trajectories = []
+        for i in range(group_size):
+            n = 1 if i == 0 else rng.randint(1, max_response)
+            ids = [rng.randrange(1, vocab) for _ in range(n)]
+            reward = float(rng.random() < 0.4)
+            trajectories.append(Trajectory(prompt, ids, [-5.0] * n, [1] * n, "", False, 0, reward=reward))
+        rewards = torch.tensor([[t.reward for t in trajectories]], dtype=torch.float64)
+        for t, a in zip(trajectories, group_advantages(rewards)[0].tolist(), strict=True):
+            t.advantage = a
+        groups.append(Group(prompt, trajectories))
+    return groups

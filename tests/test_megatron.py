@@ -1,0 +1,170 @@
+"""The Megatron backend against transformers + autograd in one process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import megatron_ranks
+from tests.models import make_tiny_qwen3
+from tests.ranks import run_ranks
+from tic_megatron.data.packing import has_equal_rewards
+
+OBJECTIVES = ("tic_grpo", "grpo")
+SGD_RATE = 0.2
+LAYOUTS_OF_TWO = {
+    "tp2": {"tp": 2},
+    "tp2 without sequence parallel": {"tp": 2, "sp": False},
+    "pp2": {"pp": 2},
+    "dp2": {},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    paths = {}
+    for name, tied in {"tied": True, "untied": False}.items():
+        paths[name] = str(tmp_path_factory.mktemp(name))
+        make_tiny_qwen3(paths[name], seed=1, tie_word_embeddings=tied, layers=2)
+    return paths
+
+
+def response_logprobs(model, trajectory, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([trajectory.tokens])
+    start = len(trajectory.prompt.token_ids)
+    logits = model(ids).logits[0, start - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
+
+
+def objective_value(name: str, trajectories, trainer, old, n: int, max_response: int) -> torch.Tensor:
+    """Direct transcription of the two objectives, one trajectory after another."""
+    total = 0.0
+    for t, new, before in zip(trajectories, trainer, old, strict=True):
+        delta = new - before
+        if name == "tic_grpo":
+            total = total + torch.minimum(delta.sum().exp(), torch.tensor(1.28)) * t.advantage / max_response
+        else:
+            ratio = delta.exp()
+            unclipped, clipped = ratio * t.advantage, ratio.clamp(0.8, 1.2) * t.advantage
+            total = total + torch.minimum(unclipped, clipped).mean()
+    return total / n
+
+
+def reference_updates(path: str, objective: str, optimizer: str = "sgd") -> list[dict]:
+    """Two updates of the whole model in float64 by autograd; value, gradient and norm of each, parameters after both."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    parameters = model.parameters()
+    if optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=SGD_RATE)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    groups = megatron_ranks.rollout(model.config.vocab_size)
+    old = {id(t): response_logprobs(model, t, 0.8).detach() for g in groups for t in g.trajectories}
+    updates = []
+    for part in (groups[:5], groups[5:]):
+        trajectories = [t for g in part if not has_equal_rewards(g) for t in g.trajectories]
+        new = [response_logprobs(model, t, 0.8) for t in trajectories]
+        before = [old[id(t)] for t in trajectories]
+        value = objective_value(objective, trajectories, new, before, n=15, max_response=40)
+        optimizer.zero_grad()
+        (-value).backward()
+        gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        log_ratio = [(a - b).sum().item() for a, b in zip(new, before, strict=True)]
+        updates.append({"value": value.item(), "norm": norm, "gradient": gradient, "log_ratio": sorted(log_ratio)})
+    updates[-1]["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return updates
+
+
+def merge(ranks: list[dict], key: str) -> dict[str, torch.Tensor]:
+    """Full tensors from the slices of all ranks."""
+    slices: dict[str, dict[int, torch.Tensor]] = {}
+    dims = {}
+    for rank in ranks:
+        for name, (dim, tp_rank, piece) in rank[key].items():
+            slices.setdefault(name, {})[tp_rank] = piece
+            dims[name] = dim
+    return {
+        name: torch.cat([parts[r] for r in sorted(parts)], dim=dims[name]) if dims[name] is not None else parts[0]
+        for name, parts in slices.items()
+    }
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def check_updates(ranks: list[dict], reference: list[dict], where: tuple) -> None:
+    """Both updates' value, norm and ratios; the second's full gradient; the parameters after it."""
+    for k in (0, 1):
+        stats = [r["stats"][k] for r in ranks if r["stats"][k] is not None]
+        # The terms, of about 1e-2 each, cancel in the value.
+        assert math.isclose(sum(s.value for s in stats), reference[k]["value"], rel_tol=1e-4, abs_tol=1e-6), (*where, k)
+        assert stats[0].result.applied
+        assert math.isclose(stats[0].result.grad_norm, reference[k]["norm"], rel_tol=1e-4), (*where, k)
+        log_ratio = sorted(x for s in stats for x in s.log_ratio)
+        assert k == 0 or max(log_ratio) > 0.1, "the ratio is in use"
+        assert torch.allclose(torch.tensor(log_ratio), torch.tensor(reference[k]["log_ratio"]), atol=1e-4), (*where, k)
+    assert all(r["noise"] == 0.0 for r in ranks if r["noise"] is not None), where
+    gradient = merge(ranks, "gradient")  # as the optimizer left it: clipped
+    clip = min(1.0, 1.0 / reference[1]["norm"])
+    # The second update starts from parameters that fp32 has rounded, the reference from float64 ones.
+    assert gradient.keys() == reference[1]["gradient"].keys()
+    for name, expected in reference[1]["gradient"].items():
+        assert relative_error(gradient[name], expected * clip) < 5e-5, (*where, name)
+    parameters = merge(ranks, "parameters")
+    for name, expected in reference[1]["parameters"].items():
+        assert relative_error(parameters[name], expected) < 2e-5, (*where, name)
+
+
+@pytest.fixture(scope="module")
+def references(models) -> dict:
+    return {(m, o): reference_updates(path, o) for m, path in models.items() for o in OBJECTIVES}
+
+
+def cases_of(models: dict[str, str], layouts: dict[str, dict]) -> tuple[list[tuple], list[dict]]:
+    keys = [(layout, model, objective) for layout in layouts for model in models for objective in OBJECTIVES]
+    # SGD: AdamW's first step divides gradients by themselves, which blows the rounding of those near zero up to +-lr.
+    sgd = {"optimizer": "sgd", "learning_rate": SGD_RATE}
+    return keys, [{"model": models[m], "objective": o, **sgd, **layouts[layout]} for layout, m, o in keys]
+
+
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, {"one process": {}}), (2, LAYOUTS_OF_TWO)])
+def test_layouts_give_the_reference_gradient(models, references, world_size, layouts):
+    keys, cases = cases_of(models, layouts)
+    ranks = run_ranks("tests.megatron_ranks:two_updates", world_size=world_size, timeout_s=200, cases=cases)
+    for i, (layout, model, objective) in enumerate(keys):
+        check_updates([r[i] for r in ranks], references[model, objective], (layout, model, objective))
+
+
+def test_distributed_optimizer_takes_the_same_steps(models):
+    """DP 2 with the optimizer's state sharded, AdamW; micro-batches of another size. (Gradients are reduce-scattered there.)"""
+    case = {"model": models["untied"], "objective": "tic_grpo", "distributed": True, "max_tokens_per_microbatch": 120}
+    ranks = [r[0] for r in run_ranks("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
+    reference = reference_updates(models["untied"], "tic_grpo", optimizer="adamw")
+    assert math.isclose(sum(r["stats"][1].value for r in ranks), reference[1]["value"], rel_tol=1e-3, abs_tol=1e-6)
+    assert math.isclose(ranks[0]["stats"][1].result.grad_norm, reference[1]["norm"], rel_tol=1e-3)
+    parameters = merge(ranks, "parameters")
+    for name, expected in reference[1]["parameters"].items():
+        assert relative_error(parameters[name], expected) < 1e-4, name
+
+
+def test_log_ratio_at_the_old_policy_is_zero_only_with_the_packing_kept(models):
+    kept, repacked = run_ranks("tests.megatron_ranks:repacked_noise", world_size=1, timeout_s=120, model=models["tied"])[0]
+    assert kept == 0.0
+    assert 0.0 < repacked < 1e-3
+
+
+def test_logits_equal_transformers(models):
+    token_ids = torch.randint(0, 300, (57,), generator=torch.Generator().manual_seed(0)).tolist()
+    outputs = run_ranks(
+        "tests.megatron_ranks:logits", world_size=1, timeout_s=120, models=list(models.values()), token_ids=token_ids
+    )[0]
+    for path, got in zip(models.values(), outputs, strict=True):
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(torch.tensor([token_ids])).logits[0]
+        assert (got - expected).abs().max() < 1e-4

@@ -1,0 +1,167 @@
+"""One rank of the Megatron backend: model, DDP, optimizer, and Megatron's schedules around the loss closure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import AutoConfig
+
+from tic_megatron.actors.megatron.model import ResponseTokens, build_model, transformer_config
+from tic_megatron.actors.megatron.parameters import LocalWeights
+from tic_megatron.actors.schedule import learning_rate
+from tic_megatron.actors.step import LossClosure, PackedInputs, UpdateResult
+from tic_megatron.config import Settings
+
+INITIAL_LOSS_SCALE = 2.0**12
+"""fp16: Megatron's 2**32 overflows in the first updates, and each skipped update wastes a rollout."""
+
+
+class MegatronBackend:
+    """This rank's part of the policy. Process groups must be initialised (`runtime.initialize`)."""
+
+    def __init__(self, settings: Settings, model_path: str, device: torch.device):
+        self.settings = settings
+        self.device = device
+        actor = settings.actor
+        self.hf = AutoConfig.from_pretrained(model_path)
+        self.config = transformer_config(self.hf, actor)
+        self.alignment = actor.tensor_parallel_size if self.config.sequence_parallel else 1
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.has_logprobs = parallel_state.is_pipeline_last_stage()
+        self.reports = self.has_logprobs and parallel_state.get_tensor_model_parallel_rank() == 0
+
+        model = build_model(self.hf, self.config).to(device)
+        self.weights = LocalWeights(model, self.hf)
+        self.weights.load(model_path)
+        self.model = self._distribute(model)
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model], use_gloo_process_groups=False)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.updates_done = 0
+
+    def _distribute(self, model) -> DistributedDataParallel:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=self._distributed_optimizer,
+            average_in_collective=False,
+        )
+        return DistributedDataParallel(self.config, ddp, model)
+
+    @property
+    def _distributed_optimizer(self) -> bool:
+        return self.settings.actor.distributed_optimizer and self.settings.actor.optimizer == "adamw"
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        actor = self.settings.actor
+        return OptimizerConfig(
+            optimizer="adam" if actor.optimizer == "adamw" else "sgd",
+            lr=actor.learning_rate,
+            min_lr=actor.min_learning_rate,
+            weight_decay=actor.weight_decay,
+            decoupled_weight_decay=True,
+            adam_beta1=actor.adam_beta1,
+            adam_beta2=actor.adam_beta2,
+            adam_eps=actor.adam_eps,
+            sgd_momentum=0.0,
+            clip_grad=actor.grad_clip,
+            bf16=actor.precision == "bf16",
+            fp16=actor.precision == "fp16",
+            params_dtype=self.config.params_dtype,
+            initial_loss_scale=INITIAL_LOSS_SCALE,
+            use_distributed_optimizer=self._distributed_optimizer,
+        )
+
+    def forward(self, inputs: list[PackedInputs]) -> list[Tensor]:
+        """Log-probs [n] of each micro-batch, forward only; an empty list on stages that have none."""
+        collected: list[Tensor] = []
+
+        def collect(output: tuple[Tensor, Tensor]):
+            collected.append(output[0])
+            return output[0].sum(), {}
+
+        with torch.no_grad():
+            self._run_schedule(inputs, lambda index: collect, forward_only=True)
+        return collected
+
+    def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
+        """Gradients of the summed loss over all micro-batches and ranks, then one optimizer step.
+
+        Scaling: the closure's loss is already divided by the mini-batch's global totals, so everything that follows must
+        only sum. With `calculate_per_token_loss` DDP's factor is 1 (it sums over DP instead of averaging), the schedule
+        neither multiplies by CP nor divides by the number of micro-batches, and 0 reported tokens switch off the final
+        division. Under sequence parallelism the norms' partial gradients are summed over TP by `finalize_model_grads`.
+        """
+        no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
+
+        def make_closure(index: int):
+            def closure(output: tuple[Tensor, Tensor]):
+                return loss(index, *output), no_tokens, {}
+
+            return closure
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run_schedule(inputs, make_closure, forward_only=False)
+        return self._step_optimizer()
+
+    def _step_optimizer(self) -> UpdateResult:
+        rate = learning_rate(self.updates_done, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        applied, grad_norm, _ = self.optimizer.step()
+        self.updates_done += 1
+        return UpdateResult(float(grad_norm or 0.0), rate, bool(applied))
+
+    def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool) -> None:
+        """Megatron's pipeline schedule over the micro-batches; `make_closure(index)` makes the last stage's loss function."""
+
+        def forward_step(iterator, model):
+            index, packed = next(iterator)
+            return self._forward_model(model, packed), make_closure(index)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(enumerate(inputs)),
+            model=[self.model],
+            num_microbatches=len(inputs),
+            seq_length=max(packed.input_ids.numel() for packed in inputs),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward_model(self, model, packed: PackedInputs):
+        starts = torch.tensor([0, *packed.lengths], device=self.device).cumsum(0).to(torch.int32)
+        longest = max(packed.lengths)
+        response = ResponseTokens(
+            packed.positions,
+            packed.targets,
+            self.settings.rollout.temperature,
+            self.settings.actor.logprob_chunk_tokens,
+        )
+        return model(
+            packed.input_ids[None],
+            packed.position_ids[None],
+            attention_mask=None,
+            labels=response,
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=starts,
+                cu_seqlens_kv=starts,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+                cp_group=parallel_state.get_context_parallel_group(),
+            ),
+        )
+
+    def load_weights(self, directory: str | Path) -> None:
+        """Read the parameters from a Hugging Face directory, and the optimizer's main copies with them."""
+        self.weights.load(directory)
+        self.optimizer.reload_model_params()
