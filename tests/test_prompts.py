@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import make_tokenizer
 
+from tests.models import make_tokenizer
 from tic_megatron.config import DataSettings, SettingsError
 from tic_megatron.data.prompts import PromptCursor, load_prompts, read_problems
 from tic_megatron.trajectory import Prompt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +21,6 @@ def check_settings(settings: Settings) -> None:
         _refuse("rollout.top_p", settings.rollout.top_p, "nucleus sampling breaks the importance ratio; give 1.0")
     if settings.actor.optimizer == "sgd" and settings.actor.distributed_optimizer:
         _refuse("actor.optimizer", "sgd", "Megatron's distributed optimizer has no SGD; give actor.distributed_optimizer false")
-    if settings.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        _refuse("logging.wandb_project", settings.logging.wandb_project, "the package wandb is missing; install it, or give null")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -114,7 +111,7 @@ def _ranges(low: float, high: float, ends: str, keys: str) -> dict[str, tuple[fl
 RANGES = {
     **_ranges(2, math.inf, "[)", "rollout.group_size"),
     **_ranges(1, math.inf, "[)", "trainer.steps trainer.prompts_per_step trainer.updates_per_step trainer.keep_checkpoints"),
-    **_ranges(1, math.inf, "[)", "trainer.noise_check_every data.eval_limit cluster.nodes cluster.gpus_per_node"),
+    **_ranges(1, math.inf, "[)", "reward.workers trainer.noise_check_every data.eval_limit cluster.nodes cluster.gpus_per_node"),
     **_ranges(1, math.inf, "[)", "rollout.engines rollout.tensor_parallel_size rollout.max_prompt_tokens"),
     **_ranges(1, math.inf, "[)", "rollout.max_response_tokens rollout.cpu_kv_cache_gib rollout.weight_bucket_mib"),
     **_ranges(1, math.inf, "[)", "actor.tensor_parallel_size actor.pipeline_parallel_size actor.threads"),

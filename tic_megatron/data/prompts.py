@@ -32,8 +32,8 @@ def load_prompts(path: str | Path, tokenizer: PreTrainedTokenizerBase, data: Dat
     return tokenize_problems(read_problems(path, data), tokenizer)
 
 
-def read_problems(path: str | Path, data: DataSettings) -> list[Problem]:
-    """Read a JSONL file of problems, without a tokenizer.
+def read_problems(path: str | Path, data: DataSettings, setting: str = "data.train") -> list[Problem]:
+    """Read a JSONL file of problems, without a tokenizer; `setting` is the one to name when the file is of no use.
 
     The problem's field holds text, or a list of chat messages `{"role", "content"}`; the answer's field text or a number.
     A field may lie deeper (`reward_model.ground_truth`). A row without `id` is called `<file stem>:<line>`. Blank lines are
@@ -41,16 +41,16 @@ def read_problems(path: str | Path, data: DataSettings) -> list[Problem]:
     """
     path = Path(path)
     if path.suffix != ".jsonl":
-        raise SettingsError(f"{path}: problems are read from .jsonl files, one JSON object per line; convert it")
+        raise SettingsError(f"{setting}: {path} is not a .jsonl file (one JSON object per line); convert it")
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give an existing .jsonl file") from error
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); give an existing .jsonl file") from error
     problems = [
         _read_row(line, f"{path}:{number}", f"{path.stem}:{number}", data) for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not problems:
-        raise SettingsError(f"{path}: holds no problems; give a file with one JSON object per line")
+        raise SettingsError(f"{setting}: {path} holds no problems; give a file with one JSON object per line")
     return problems
 
 

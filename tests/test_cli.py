@@ -1,0 +1,493 @@
+"""The command line: what is refused, in which words, how soon; precedence; resuming; how failures end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models import make_tiny_qwen3
+from tic_megatron.cli import main
+from tic_megatron.commands import COMMANDS
+from tic_megatron.commands.arguments import build_parser, read_settings
+from tic_megatron.commands.preflight import preflight
+from tic_megatron.config import RunSettings, Settings, SettingsError
+
+COMMAND = Path(sys.executable).with_name("tic-megatron")
+
+
+@dataclass
+class Workspace:
+    """A folder with everything that a good run needs; `base` is the command line that uses it."""
+
+    root: Path
+    model: Path
+
+    @property
+    def base(self) -> list[str]:
+        sizes = {
+            **{"rollout.max_prompt_tokens": 128, "rollout.max_response_tokens": 64, "rollout.group_size": 4},
+            **{"trainer.prompts_per_step": 4, "trainer.updates_per_step": 2, "actor.max_tokens_per_microbatch": 512},
+        }
+        paths = {"model.path": self.model, "data.train": self.root / "train.jsonl", "run.dir": self.root / "run"}
+        return ["train", *(f"--{key}={value}" for key, value in {**paths, **sizes}.items())]
+
+    def edit_config(self, **changes) -> None:
+        """Change `config.json` of the model; None takes an entry out."""
+        config = json.loads((self.model / "config.json").read_text())
+        config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+        (self.model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=0, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def workspace(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", [{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(10)])
+    return Workspace(tmp_path, tmp_path / "model")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refusal(capsys, argv) -> str:
+    """The one line with which a command line is refused."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("tic-megatron: error: ") and captured.err.endswith("\n")
+    line = captured.err.removesuffix("\n")
+    assert "\n" not in line and "Traceback" not in line
+    return line
+
+
+BAD_FLAGS = {
+    "unknown setting": (["--trainer.stpes=4"], ["unknown setting trainer.stpes", "did you mean trainer.steps?"]),
+    "setting without its section": (["--learning_rate", "1"], ["did you mean actor.learning_rate?"]),
+    "section with a value": (["--trainer", "4"], ["trainer is a section", "--trainer.steps"]),
+    "no value": (["--trainer.steps"], ["--trainer.steps needs a value"]),
+    "no value before a flag": (["--trainer.steps", "--run.seed=1"], ["--trainer.steps needs a value"]),
+    "stray word": (["quickstart.yaml"], ["unexpected argument 'quickstart.yaml'"]),
+    "text for a number": (["--trainer.steps", "many"], ["trainer.steps is 'many'", "expected a whole number"]),
+    "fraction for a whole number": (["--trainer.steps=1.5"], ["trainer.steps is '1.5'", "expected a whole number"]),
+    "boolean for a number": (["--actor.learning_rate=true"], ["actor.learning_rate is 'true'", "expected a number"]),
+    "number for a boolean": (["--cluster.colocate=2"], ["cluster.colocate is '2'", "expected true or false"]),
+    "text for an optional number": (["--algorithm.eps_high=none"], ["algorithm.eps_high", "a number, or null"]),
+    "not one of the choices": (["--cluster.device=gpu"], ["cluster.device is 'gpu'", "one of auto, cuda, cpu"]),
+    "not a number": (["--actor.learning_rate=.nan"], ["actor.learning_rate is nan", "finite"]),
+    "infinite": (["--actor.grad_clip=.inf"], ["actor.grad_clip is inf", "finite"]),
+    "negative": (["--actor.learning_rate", "-1e-4"], ["actor.learning_rate is -0.0001", "at least 0"]),
+    "no steps": (["--trainer.steps=0"], ["trainer.steps is 0", "at least 1"]),
+    "group of one": (["--rollout.group_size=1"], ["rollout.group_size is 1", "at least 2"]),
+    "top_p": (["--rollout.top_p=0.9"], ["rollout.top_p is 0.9", "give 1.0"]),
+    "temperature 0": (["--rollout.temperature=0"], ["rollout.temperature is 0.0", "more than 0"]),
+    "eps_low": (["--algorithm.eps_low=1"], ["algorithm.eps_low is 1.0", "less than 1"]),
+    "beta": (["--actor.adam_beta2=1.0"], ["actor.adam_beta2 is 1.0", "less than 1"]),
+    "final rate above the peak": (["--actor.min_learning_rate=1"], ["actor.min_learning_rate is 1.0", "actor.learning_rate"]),
+    "prompts and updates": (["--trainer.prompts_per_step=5"], ["trainer.prompts_per_step is 5", "trainer.updates_per_step, 2"]),
+    "micro-batch too small": (["--actor.max_tokens_per_microbatch=191"], ["actor.max_tokens_per_microbatch is 191", "= 192"]),
+    "layout and ranks": (["--actor.tensor_parallel_size=2"], ["actor.tensor_parallel_size 2", "does not divide", "= 1 ranks"]),
+    "batch and data parallel": (["--cluster.gpus_per_node=3"], ["8 trajectories", "3 data-parallel ranks"]),
+    "SGD, distributed": (["--actor.optimizer=sgd"], ["actor.optimizer is sgd", "actor.distributed_optimizer false"]),
+    "seed": (["--run.seed=-1"], ["run.seed is -1"]),
+    "name as a path": (["--run.dir=null", "--run.name=../x"], ["run.name is ../x", "run.dir"]),
+    "no model": (["--model.path="], ["model.path is not given"]),
+    "no data": (["--data.train="], ["data.train is not given"]),
+    "empty text": (["--data.prompt_field= "], ["data.prompt_field is empty"]),
+    "unknown name in a list": (["--run.allow_change=trainer.step"], ["'trainer.step'", "did you mean trainer.steps?"]),
+    "unknown objective": (["--algorithm.objective=ticgrpo"], ["objective 'ticgrpo'", "did you mean 'tic_grpo'?"]),
+    "unknown reward": (["--reward.function=maths"], ["reward 'maths'", "did you mean 'math'?"]),
+    "missing config": (["--config=no.yaml"], ["--config no.yaml", "No such file"]),
+    "config is a folder": (["--config=."], ["--config .", "directory"]),
+    "missing model": (["--model.path=./nope"], ["model.path", "no directory ./nope"]),
+    "model is a file": (["--model.path=train.jsonl"], ["model.path", "train.jsonl is a file"]),
+    "missing data": (["--data.train=no.jsonl"], ["data.train", "no.jsonl", "No such file"]),
+    "missing held-out data": (["--data.eval=no.jsonl"], ["data.eval", "no.jsonl", "No such file"]),
+    "data in another format": (["--data.train=x.parquet"], ["data.train", "x.parquet", ".jsonl"]),
+    "other field": (["--data.prompt_field=question"], ["train.jsonl:1", "no field 'question'", "data.prompt_field"]),
+    "too few problems": (["--trainer.prompts_per_step=12"], ["train.jsonl has 10 problems", "trainer.prompts_per_step 12"]),
+    "too few short problems": (
+        ["--rollout.max_prompt_tokens=5"],
+        ["0 problems left after leaving out 10", "max_prompt_tokens 5"],
+    ),
+    "too few positions": (
+        ["--rollout.max_response_tokens=1000", "--actor.max_tokens_per_microbatch=2000"],
+        ["= 1128", "max_position_embeddings 1024"],
+    ),
+    "layers": (["--actor.pipeline_parallel_size=4", "--cluster.gpus_per_node=4"], ["num_hidden_layers 2", "2 does"]),
+    "key-value heads": (["--actor.tensor_parallel_size=4", "--cluster.gpus_per_node=4"], ["num_key_value_heads 2", "2 does"]),
+    "heads of the engine": (["--rollout.tensor_parallel_size=3"], ["rollout.tensor_parallel_size 3", "num_attention_heads 4"]),
+    "run folder in a file": (["--run.dir=train.jsonl/run"], ["run.dir", "train.jsonl is a file"]),
+    "run folder that cannot be made": (["--run.dir=/proc/tic/run"], ["run.dir: /proc/tic/run cannot be written"]),
+    "missing checkpoint": (["--run.resume=runs/x"], ["run.resume", "runs/x"]),
+    "missing rollouts": (["--rollout.replay=nope"], ["rollout.replay", "nope"]),
+    "other file for rollouts": (["--rollout.replay=train.jsonl"], ["train.jsonl", "line 1"]),
+    "folder without rollouts": (["--rollout.replay=model"], ["rollout.replay", "no saved rollouts at", "model"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags_are_refused_in_one_line(workspace, capsys, flags, words):
+    line = refusal(capsys, [*workspace.base, *flags])
+    assert [word for word in words if word not in line] == [], line
+    assert not (workspace.root / "run").exists()
+
+
+BAD_FILES = {
+    "unknown setting": ("run:\n  seed: 1\ntrainer:\n  stpes: 4\n", ["trainer.stpes (c.yaml:4)", "did you mean trainer.steps?"]),
+    "unknown section": ("run:\n  seed: 1\ntariner:\n  steps: 4\n", ["unknown setting tariner (c.yaml:3)"]),
+    "text for a number": ("trainer:\n  steps: 1e3\n", ["trainer.steps is '1e3' (c.yaml:2)", "whole number"]),
+    "list for a number": ("trainer:\n  steps: [4]\n", ["trainer.steps", "(c.yaml:2)", "whole number"]),
+    "mapping for a number": ("trainer:\n  steps: {a: 4}\n", ["trainer.steps", "(c.yaml:2)", "whole number"]),
+    "null for text": ("run:\n  name:\n", ["run.name is null (c.yaml:2)", "expected text"]),
+    "text for a list": ("run:\n  allow_change: trainer.steps\n", ["run.allow_change", "(c.yaml:2)", "expected a list"]),
+    "value for a section": ("\ntrainer: 5\n", ["c.yaml:2", "section trainer"]),
+    "list of sections": ("- trainer:\n", ["c.yaml:1", "name: value"]),
+    "set twice": ("trainer:\n  steps: 4\n  steps: 5\n", ["c.yaml:3: trainer.steps", "first at c.yaml:2"]),
+    "malformed": ("trainer:\n  steps: 4\n bad\n", ["c.yaml:3: malformed YAML"]),
+    "unclosed": ("run:\n  allow_change: [a\n", ["c.yaml:3: malformed YAML"]),
+    "tab": ("trainer:\n\tsteps: 4\n", ["c.yaml:2: malformed YAML"]),
+    "control character": ("run:\n  name: \x01\n", ["c.yaml: malformed YAML"]),
+    "two documents": ("run:\n---\nrun:\n", ["c.yaml:2: malformed YAML"]),
+    "not UTF-8": (b"run:\n  name: \xff\n", ["c.yaml", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_config_files_are_refused_with_their_line(workspace, capsys, text, words):
+    (workspace.root / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = refusal(capsys, [*workspace.base, "--config", "c.yaml"])
+    assert [word for word in words if word not in line] == [], line
+
+
+def remove(*names):
+    return lambda workspace: [(workspace.model / name).unlink() for name in names]
+
+
+def cut_off(workspace):
+    path = workspace.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_tokenizer(**changes):
+    def edit(workspace):
+        path = workspace.model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+BAD_MODELS = {
+    "no config": (remove("config.json"), [], ["config.json cannot be read"]),
+    "config that is no JSON": (lambda w: (w.model / "config.json").write_text("{"), [], ["config.json is not valid JSON"]),
+    "another model": (lambda w: w.edit_config(model_type="llama"), [], ["model_type 'llama'", "dense Qwen3"]),
+    "mixture of experts": (lambda w: w.edit_config(model_type="qwen3_moe"), [], ["mixture-of-experts", "dense"]),
+    "scaled RoPE": (lambda w: w.edit_config(rope_scaling={"type": "yarn"}, rope_parameters=None), [], ["RoPE scaling 'yarn'"]),
+    "sliding window": (lambda w: w.edit_config(use_sliding_window=True), [], ["sliding-window attention"]),
+    "quantized": (lambda w: w.edit_config(quantization_config={"bits": 4}), [], ["quantized weights"]),
+    "no heads": (lambda w: w.edit_config(num_attention_heads=None), [], ["num_attention_heads None"]),
+    "vocabulary": (
+        lambda w: w.edit_config(vocab_size=321),
+        ["--actor.tensor_parallel_size=2", "--cluster.gpus_per_node=2"],
+        ["actor.tensor_parallel_size 2 does not divide vocab_size 321"],
+    ),
+    "small vocabulary": (lambda w: w.edit_config(vocab_size=200), [], ["tokenizer", "vocab_size 200"]),
+    "no weights": (remove("model.safetensors"), [], ["model.safetensors are missing"]),
+    "weights cut off": (cut_off, [], ["model.safetensors", "it is cut off"]),
+    "pointer instead of weights": (
+        lambda w: (w.model / "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n"),
+        [],
+        ["model.safetensors is not a safetensors file"],
+    ),
+    "index of a missing shard": (
+        lambda w: (w.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+        [],
+        ["model-2.safetensors are missing"],
+    ),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), [], ["has no tokenizer"]),
+    "no chat template": (remove("chat_template.jinja"), [], ["no chat template"]),
+    "no end token": (edit_tokenizer(eos_token=None), [], ["no end token"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "flags", "words"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models_are_refused(workspace, capsys, spoil, flags, words):
+    spoil(workspace)
+    line = refusal(capsys, [*workspace.base, *flags])
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_malformed_row_is_named(workspace, capsys):
+    with (workspace.root / "train.jsonl").open("a") as file:
+        file.write('{"problem": "1+1=", "answer": }\n')
+    assert f"{workspace.root}/train.jsonl:11: malformed JSON" in refusal(capsys, workspace.base)
+
+
+def test_unreachable_hub_name_is_one_line(workspace, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(workspace.root / "cache"))
+    assert "model.path: nobody/no-such-model-here is no directory" in refusal(
+        capsys, [*workspace.base, "--model.path=nobody/no-such-model-here"]
+    )
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["--config", "x.yaml"]])
+def test_bad_subcommands_are_refused(capsys, argv):
+    assert "give one of: train" in refusal(capsys, argv)
+
+
+def loaded_after(argv, cwd) -> set[str]:
+    """Which heavy packages a fresh process has imported when it refuses a command line."""
+    code = (
+        "import sys; from tic_megatron.cli import main; assert main(sys.argv[1:]) == 2;"
+        "print(*({'torch', 'transformers', 'ray', 'vllm', 'megatron'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True, timeout=120, check=True)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return set(done.stdout.split())
+
+
+def test_quick_refusals_import_nothing_heavy(workspace):
+    (workspace.root / "bad.jsonl").write_text("{")
+    flags = ["--trainer.stpes=4", "--rollout.group_size=1", "--data.train=bad.jsonl", "--actor.pipeline_parallel_size=4"]
+    for flag in [*flags, "--model.path=./nope"]:
+        assert loaded_after([*workspace.base, "--cluster.gpus_per_node=4", flag], workspace.root) == set()
+
+
+def test_slow_refusals_start_no_worker_library(workspace):
+    assert loaded_after([*workspace.base, "--rollout.max_prompt_tokens=5"], workspace.root) <= {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"), [("--trainer.stpes=4", "trainer.steps"), ("--data.train=bad.jsonl", "bad.jsonl:2: malformed JSON")]
+)
+def test_the_console_command_exits_with_2_and_one_line(workspace, flag, word):
+    (workspace.root / "bad.jsonl").write_text('{"problem": "x", "answer": "1"}\nnot json\n')
+    done = subprocess.run([COMMAND, *workspace.base, flag], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert word in done.stderr
+
+
+def settings_of(*arguments) -> Settings:
+    return read_settings(build_parser("train", COMMANDS["train"]), Settings, arguments)[0]
+
+
+def test_flags_win_over_the_file_which_wins_over_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("trainer: {steps: 7, prompts_per_step: 9}\nactor.learning_rate: 1e-4\n")
+    for arguments in (["--trainer.steps=8", "--config", str(path)], [f"--config={path}", "--trainer.steps", "8"]):
+        settings = settings_of(*arguments)
+        assert (settings.trainer.steps, settings.trainer.prompts_per_step, settings.trainer.updates_per_step) == (8, 9, 4)
+        assert settings.actor.learning_rate == 1e-4
+
+
+def test_text_is_taken_as_written(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {name: 123, dir: off}\ndata: {train: 2024-01-01, system_prompt: '#5: {x}', eval: ~}\ntrainer:\n")
+    settings = settings_of("--config", str(path), "--data.answer_field", "null")
+    assert settings.run == RunSettings(name="123", dir="off")
+    assert (settings.data.train, settings.data.system_prompt, settings.data.eval) == ("2024-01-01", "#5: {x}", None)
+    assert settings.data.answer_field == "null"
+    flags = settings_of("--data.system_prompt=#5", "--run.dir=null", "--run.allow_change=run.seed, trainer.steps")
+    assert (flags.data.system_prompt, flags.run.dir, flags.run.allow_change) == ("#5", None, ["run.seed", "trainer.steps"])
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False), names=st.lists(st.text("a:,'\n#"))
+)
+def test_saved_settings_load_again(tmp_path_factory, text, number, names):
+    settings = Settings()
+    settings.data.system_prompt, settings.run.name, settings.run.allow_change = text, text, names
+    settings.actor.learning_rate, settings.algorithm.eps_high = number, number
+    path = tmp_path_factory.getbasetemp() / "saved.yaml"
+    settings.save(path)
+    assert settings_of("--config", str(path)) == settings
+
+
+def test_help_documents_every_setting(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in fields(Settings):
+        for field in fields(getattr(Settings(), section.name)):
+            (line,) = (line for line in lines if line.strip().startswith(f"--{section.name}.{field.name} "))
+            description = lines[lines.index(line) + 1] if line.count("  ") == 1 else line
+            assert len(description.partition("(type")[0].split()) >= 2, line
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_print_config(capsys, workspace):
+    assert main([*workspace.base, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["prompts_per_step"] == 4
+
+
+def checked(workspace, *flags):
+    """What preflight makes of a good command line."""
+    settings = settings_of(*workspace.base[1:], *flags)
+    settings.validate()
+    settings = settings.resolve()
+    return settings, preflight(settings)
+
+
+def test_preflight_loads_what_the_run_needs(workspace):
+    write_rows(workspace.root / "eval.jsonl", [{"problem": f"{n}+2=", "answer": n + 2} for n in range(8)])
+    settings, inputs = checked(workspace, "--data.eval=eval.jsonl", "--data.eval_limit=5", "--run.dir=null", "--run.name=x")
+    assert (len(inputs.train_prompts), len(inputs.eval_prompts), inputs.hf_config.model_type) == (10, 5, "qwen3")
+    assert (inputs.model_dir, inputs.warnings, inputs.tokenizer.eos_token) == (workspace.model, [], "<|im_end|>")
+    assert settings.run.dir == str(workspace.root / "runs" / "x") and not Path(settings.run.dir).exists()
+    assert settings.cluster.device in ("cpu", "cuda") and settings.rollout.precision == "fp32"
+
+
+def test_long_training_problems_are_left_out_and_counted_but_held_out_ones_refused(workspace):
+    rows = [{"problem": "1+1=" * repeats, "answer": "2"} for repeats in (1, 1, 1, 1, 60, 70)]
+    write_rows(workspace.root / "train.jsonl", rows)
+    write_rows(workspace.root / "eval.jsonl", rows[3:])
+    _, inputs = checked(workspace)
+    assert len(inputs.train_prompts) == 4
+    (warning,) = inputs.warnings
+    assert "2 of 6 problems are left out" in warning and "train.jsonl:6" in warning and "max_prompt_tokens 128" in warning
+    with pytest.raises(
+        SettingsError, match=r"data\.eval: 2 of 3 problems are longer .*eval\.jsonl:3, has \d+\); raise the limit"
+    ):
+        checked(workspace, "--data.eval=eval.jsonl")
+
+
+def test_warnings_for_a_long_warm_up_and_shared_problems(workspace):
+    _, inputs = checked(workspace, "--trainer.steps=4", "--actor.lr_warmup_updates=8", "--data.eval=train.jsonl")
+    assert ["warm-up of 8 updates" in inputs.warnings[0], "10 of 10 held-out problems" in inputs.warnings[1]] == [True, True]
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Puts a function in the trainer's place: how a run ends is tested here, not training."""
+
+    def install(train):
+        monkeypatch.setitem(sys.modules, "tic_megatron.trainer", types.SimpleNamespace(train=train))
+
+    return install
+
+
+def finish(rewards):
+    def train(settings, inputs):
+        Path(settings.run.dir, "metrics.jsonl").write_text("".join(json.dumps({"reward/mean": r}) + "\n" for r in rewards))
+        return {"accuracy_before": 0.25, "accuracy_after": None, "steps": len(rewards), "wall_s": 125.4}
+
+    return train
+
+
+def test_a_run_ends_with_a_table(workspace, capsys, trainer):
+    trainer(finish([0.0, 0.5]))
+    assert main(workspace.base) == 0
+    out = capsys.readouterr().out
+    assert "0.250" in out and "not measured" in out and "2m05s" in out and "ever rewarded" not in out
+    assert yaml.safe_load((workspace.root / "run" / "config.yaml").read_text())["run"]["dir"] == str(workspace.root / "run")
+
+
+def test_a_run_without_any_reward_says_so(workspace, capsys, trainer):
+    trainer(finish([0.0, 0.0]))
+    assert main(workspace.base) == 0
+    assert "No response was ever rewarded" in capsys.readouterr().out
+
+
+def test_a_failure_is_one_line_and_a_log(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise RuntimeError("worker 3 died")
+
+    trainer(train)
+    assert main(workspace.base) == 1
+    err = capsys.readouterr().err
+    log = workspace.root / "run" / "logs" / "driver.log"
+    assert err == f"tic-megatron: error: the run failed: RuntimeError: worker 3 died (details: {log})\n"
+    assert "Traceback" in log.read_text() and "worker 3 died" in log.read_text()
+    trainer(finish([1.0]))  # nothing was trained, so other settings may use the folder
+    assert main([*workspace.base, "--run.seed=9"]) == 0
+
+
+def test_an_interrupted_run_exits_with_130(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise KeyboardInterrupt
+
+    trainer(train)
+    assert main(workspace.base) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_bad_input_found_in_a_worker_is_one_line(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise SettingsError("ray::Worker()\n  File x, line 3\ntic_megatron.config.SettingsError: model.path: no such tensor")
+
+    trainer(train)
+    assert refusal(capsys, workspace.base) == "tic-megatron: error: model.path: no such tensor"
+
+
+@pytest.fixture
+def trained(workspace, capsys, trainer):
+    """A workspace whose run folder holds a run."""
+    trainer(finish([0.5]))
+    assert main(workspace.base) == 0
+    capsys.readouterr()
+    return workspace
+
+
+def test_the_same_run_may_continue(trained):
+    assert main(trained.base) == 0
+    layout = ["--actor.tensor_parallel_size=2", "--cluster.gpus_per_node=2", "--trainer.save_every=3", "--trainer.steps=200"]
+    assert main([*trained.base, *layout]) == 0
+
+
+def test_a_folder_with_another_run_is_refused(trained, capsys):
+    line = refusal(capsys, [*trained.base, "--actor.learning_rate=1e-3", "--rollout.group_size=8"])
+    assert (
+        "holds another run" in line and "actor.learning_rate (1e-06 there, 0.001 here)" in line and "rollout.group_size" in line
+    )
+    assert "--run.allow_change rollout.group_size,actor.learning_rate" in line
+
+
+def test_a_change_may_be_allowed(trained, capsys):
+    changes = ["--actor.learning_rate=1e-3", "--run.seed=3"]
+    assert "run.seed" in refusal(capsys, [*trained.base, *changes, "--run.allow_change=actor.learning_rate"])
+    assert main([*trained.base, *changes, "--run.allow_change=actor.learning_rate,run.seed"]) == 0
+
+
+def test_more_steps_are_another_run_when_the_learning_rate_decays(workspace, capsys, trainer):
+    trainer(finish([0.5]))
+    decay = [*workspace.base, "--actor.lr_decay=linear"]
+    assert main(decay) == 0
+    capsys.readouterr()
+    assert "trainer.steps (100 there, 200 here)" in refusal(capsys, [*decay, "--trainer.steps=200"])
+
+
+def test_never_resuming_refuses_any_run(trained, capsys):
+    assert "holds a run already" in refusal(capsys, [*trained.base, "--run.resume=never"])
+
+
+def test_a_run_without_its_settings_is_refused(trained, capsys):
+    config = trained.root / "run" / "config.yaml"
+    config.write_text("nonsense")
+    assert "is not the config.yaml of a run" in refusal(capsys, trained.base)
+    config.unlink()
+    assert "config.yaml cannot be read" in refusal(capsys, trained.base)
+
+
+def test_other_files_in_the_folder_do_no_harm(workspace, trainer):
+    (workspace.root / "run" / "checkpoints").mkdir(parents=True)
+    (workspace.root / "run" / "notes.txt").write_text("mine")
+    trainer(finish([0.5]))
+    assert main([*workspace.base, "--run.resume=never"]) == 0

@@ -1,0 +1,150 @@
+"""Checks of a Hugging Face model directory that need no heavy library: its kind, its weights' files, and the layout."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.config import Settings, SettingsError
+
+NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate_model(path: str) -> Path:
+    """The directory of a model: `path` itself, or where its hub files have been downloaded to."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise SettingsError(f"model.path: {path} is a file; give the model's directory")
+    if not HUB_NAME.fullmatch(path) or path.startswith("."):
+        raise SettingsError(f"model.path: there is no directory {path}; give a Hugging Face directory or a hub name")
+    return _download(path)
+
+
+def _download(name: str) -> Path:
+    """Fetch a hub model: first its configuration, so that a model of the wrong kind costs nothing."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        HfApi().model_info(name, timeout=10)  # unlike the downloads, this does not retry for half a minute without a network
+    except Exception as error:
+        try:
+            return Path(snapshot_download(name, allow_patterns=NEEDED_FILES, local_files_only=True))
+        except Exception:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            hint = "give an existing directory or a hub name that can be reached"
+            raise SettingsError(f"model.path: {name} is no directory, and the hub does not give it ({reason}); {hint}") from error
+    try:
+        read_config(Path(hf_hub_download(name, "config.json")).parent)
+        return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+    except OSError as error:
+        raise SettingsError(
+            f"model.path: the download of {name} failed ({str(error).partition(chr(10))[0]}); try again"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a model that can be trained; SettingsError when it is missing or not a plain dense Qwen3."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"model.path: {path} cannot be read ({error.strerror}); give a Hugging Face model directory"
+        ) from error
+    except ValueError as error:
+        raise SettingsError(f"model.path: {path} is not valid JSON ({error})") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == "qwen3_moe":
+        raise SettingsError(f"model.path: {path} is a mixture-of-experts Qwen3 (qwen3_moe), not supported yet; give a dense one")
+    if kind != "qwen3":
+        raise SettingsError(f"model.path: {path} has model_type {kind!r}; give a dense Qwen3 model (model_type 'qwen3')")
+    _check_variant(config, path)
+    return config
+
+
+def _check_variant(config: dict[str, Any], path: Path) -> None:
+    """Refuse what the actors would silently compute otherwise than the generator."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    variants = {
+        f"RoPE scaling {rope_type!r}": rope_type != "default",
+        "sliding-window attention": bool(config.get("use_sliding_window")),
+        "quantized weights": config.get("quantization_config") is not None,
+        f"the activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+    }
+    for variant, present in variants.items():
+        if present:
+            raise SettingsError(f"model.path: {path} asks for {variant}, which cannot be trained here; give a plain Qwen3 model")
+
+
+def check_layout(config: dict[str, Any], directory: Path, settings: Settings) -> None:
+    """Refuse parallel sizes that the model's shapes are not divisible by, and sequences longer than its positions."""
+    tp, pp = settings.actor.tensor_parallel_size, settings.actor.pipeline_parallel_size
+    engine_tp = settings.rollout.tensor_parallel_size
+    shares = [
+        ("num_attention_heads", "actor.tensor_parallel_size", tp),
+        ("num_key_value_heads", "actor.tensor_parallel_size", tp),
+        ("intermediate_size", "actor.tensor_parallel_size", tp),
+        ("vocab_size", "actor.tensor_parallel_size", tp),
+        ("num_hidden_layers", "actor.pipeline_parallel_size", pp),
+        ("num_attention_heads", "rollout.tensor_parallel_size", engine_tp),
+    ]
+    for name, setting, parts in shares:
+        if size(config, name, directory) % parts:
+            fitting = [n for n in range(1, parts) if size(config, name, directory) % n == 0]
+            raise SettingsError(f"{setting} {parts} does not divide {name} {config[name]} of {directory}; {fitting[-1]} does")
+    kv_heads = size(config, "num_key_value_heads", directory)
+    if kv_heads % engine_tp and engine_tp % kv_heads:  # vLLM repeats heads when there are fewer than ranks
+        raise SettingsError(
+            f"rollout.tensor_parallel_size {engine_tp} does not fit num_key_value_heads {kv_heads} of {directory}"
+        )
+    positions = size(config, "max_position_embeddings", directory)
+    if settings.max_sequence_tokens > positions:
+        raise SettingsError(
+            f"rollout.max_prompt_tokens {settings.rollout.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{settings.rollout.max_response_tokens} = {settings.max_sequence_tokens} exceeds max_position_embeddings "
+            f"{positions} of {directory}; lower one of them"
+        )
+
+
+def size(config: dict[str, Any], name: str, directory: Path) -> int:
+    """A positive whole number of the model's configuration."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"model.path: {directory / 'config.json'} has {name} {value!r}; it must be a positive whole number")
+    return value
+
+
+def check_weights(directory: Path) -> None:
+    """Refuse missing, empty or cut-off safetensors files, from their headers alone."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SettingsError(f"model.path: {index} is not a valid index of safetensors files; download it again") from error
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            others = " (only .safetensors weights are read)" if list(directory.glob("*.bin")) else ""
+            raise SettingsError(f"model.path: the weights {path} are missing{others}; give a complete model directory")
+        _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    """The format: 8 bytes with the header's length, a JSON header with the tensors' offsets, the data."""
+    actual = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < actual else {}
+        expected = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"model.path: {path} is not a safetensors file ({actual} bytes); download it again") from error
+    if actual != expected:
+        raise SettingsError(f"model.path: {path} has {actual} bytes instead of {expected}: it is cut off; download it again")

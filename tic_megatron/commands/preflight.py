@@ -1,0 +1,198 @@
+"""Checks before a run that need files: everything that can be refused is refused here, before any worker starts.
+
+The quick checks come first; torch and transformers, which take seconds to import, are loaded only when those have passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tic_megatron.commands.model_files import check_layout, check_weights, locate_model, read_config
+from tic_megatron.commands.run_folder import check_run_folder
+from tic_megatron.config import Settings, SettingsError
+from tic_megatron.config_checks import nearest
+from tic_megatron.data.prompts import Problem, read_problems, tokenize_problems
+from tic_megatron.observability.metrics import check_logging
+from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER, read_rollout
+from tic_megatron.trajectory import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What preflight has loaded, so that nothing is loaded twice.
+
+    `model_dir`: the model's local directory, of a hub model too; `warnings`: lines for the user, who may go on.
+    """
+
+    model_dir: Path
+    hf_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    warnings: list[str]
+
+
+def preflight(settings: Settings) -> TrainInputs:
+    """Check resolved, validated settings against the files and the machine; SettingsError for the first thing that is wrong.
+
+    Replaces `cluster.device: auto` by the device that there is.
+    """
+    check_run_folder(settings)
+    check_logging(settings.logging)
+    _check_reward(settings)
+    _check_replay(settings)
+    train_problems = read_problems(settings.data.train, settings.data)
+    eval_problems = read_problems(settings.data.eval, settings.data, "data.eval") if settings.data.eval else []
+    eval_problems = eval_problems[: settings.data.eval_limit]
+    _check_enough(len(train_problems), settings, "")
+    directory = locate_model(settings.model.path)
+    check_layout(read_config(directory), directory, settings)
+    check_weights(directory)
+    _check_objective(settings)
+    _choose_device(settings)
+    tokenizer, hf_config = _load_tokenizer_and_config(directory)
+    warnings = [*_schedule_warnings(settings), *_overlap_warnings(train_problems, eval_problems)]
+    return TrainInputs(
+        model_dir=directory,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        train_prompts=_train_prompts(train_problems, tokenizer, settings, warnings),
+        eval_prompts=_eval_prompts(eval_problems, tokenizer, settings),
+        warnings=warnings,
+    )
+
+
+def _check_reward(settings: Settings) -> None:
+    from tic_megatron.rewards import get_reward
+
+    get_reward(settings.reward.function)
+
+
+def _check_objective(settings: Settings) -> None:
+    from tic_megatron.algorithms import OBJECTIVES
+
+    name = settings.algorithm.objective
+    if name not in OBJECTIVES:
+        raise SettingsError(f"algorithm.objective: there is no objective {name!r}; did you mean {nearest(name, OBJECTIVES)!r}?")
+
+
+def _check_replay(settings: Settings) -> None:
+    if settings.rollout.replay is None:
+        return
+    path = Path(settings.rollout.replay)
+    if path.is_file():
+        read_rollout(path)
+    elif not any(path.glob("step_*.jsonl")) and not any(path.glob(f"{ROLLOUTS_FOLDER}/step_*.jsonl")):
+        raise SettingsError(
+            f"rollout.replay: there are no saved rollouts at {path}; give a run folder, or a file of its rollouts/"
+        )
+
+
+def _check_enough(count: int, settings: Settings, remark: str) -> None:
+    if count < settings.trainer.prompts_per_step and settings.rollout.replay is None:
+        raise SettingsError(
+            f"data.train: {settings.data.train} has {count} problems{remark}, but a step needs trainer.prompts_per_step "
+            f"{settings.trainer.prompts_per_step}; give more problems or a smaller step"
+        )
+
+
+def _choose_device(settings: Settings) -> None:
+    import torch
+
+    cluster, rollout = settings.cluster, settings.rollout
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cluster.device == "auto":
+        cluster.device = "cuda" if gpus else "cpu"
+    if cluster.device == "cpu":
+        return
+    if cluster.address is None and not gpus:  # a running cluster's nodes may differ from this machine
+        raise SettingsError("cluster.device is cuda, but this machine has no GPU that torch can use; give cpu or auto")
+    if cluster.address is None and gpus < cluster.gpus_per_node:
+        raise SettingsError(f"cluster.gpus_per_node is {cluster.gpus_per_node}, but this machine has {gpus} GPUs; lower it")
+    if cluster.gpus_per_node % rollout.tensor_parallel_size:
+        raise SettingsError(
+            f"rollout.tensor_parallel_size {rollout.tensor_parallel_size} does not divide cluster.gpus_per_node "
+            f"{cluster.gpus_per_node}: an engine must fit on one node"
+        )
+    engine_gpus = rollout.engines * rollout.tensor_parallel_size
+    if cluster.colocate and engine_gpus > settings.world_size:
+        raise SettingsError(
+            f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size {rollout.tensor_parallel_size} = {engine_gpus} "
+            f"needs more GPUs than the {settings.world_size} of the actors that they share; lower one of them"
+        )
+
+
+def _load_tokenizer_and_config(directory: Path) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise SettingsError(f"model.path: {directory} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers lets all kinds through
+        raise SettingsError(f"model.path: transformers cannot load {directory}: {error}") from error
+    if tokenizer.chat_template is None:
+        raise SettingsError(f"model.path: the tokenizer of {directory} has no chat template; add chat_template.jinja")
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(f"model.path: the tokenizer of {directory} has no end token; set eos_token in tokenizer_config.json")
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"model.path: the tokenizer of {directory} has {len(tokenizer)} tokens, more than the model's vocab_size "
+            f"{config.vocab_size}; give the model its own tokenizer"
+        )
+    return tokenizer, config
+
+
+def _train_prompts(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, settings: Settings, warnings: list[str]
+) -> list[Prompt]:
+    """The training prompts that are short enough; tells in `warnings` how many are not."""
+    limit = settings.rollout.max_prompt_tokens
+    prompts = tokenize_problems(problems, tokenizer)
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    left_out = len(prompts) - len(kept)
+    if left_out:
+        longest, where = _longest(problems, prompts)
+        remark = f"longer than rollout.max_prompt_tokens {limit} (the longest, {where}, has {longest})"
+        _check_enough(len(kept), settings, f" left after leaving out {left_out} {remark}")
+        warnings.append(f"data.train: {left_out} of {len(prompts)} problems are left out, being {remark}")
+    return kept
+
+
+def _eval_prompts(problems: list[Problem], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Prompt]:
+    """The held-out prompts. None may be left out: an accuracy over the shorter problems alone would not be the benchmark's."""
+    prompts = tokenize_problems(problems, tokenizer) if problems else []
+    limit = settings.rollout.max_prompt_tokens
+    too_long = sum(len(prompt.token_ids) > limit for prompt in prompts)
+    if too_long:
+        longest, where = _longest(problems, prompts)
+        raise SettingsError(
+            f"data.eval: {too_long} of {len(prompts)} problems are longer than rollout.max_prompt_tokens {limit} (the longest, "
+            f"{where}, has {longest}); raise the limit to {longest}, or take the problems out"
+        )
+    return prompts
+
+
+def _longest(problems: list[Problem], prompts: list[Prompt]) -> tuple[int, str]:
+    return max((len(prompt.token_ids), problem.where) for prompt, problem in zip(prompts, problems, strict=True))
+
+
+def _schedule_warnings(settings: Settings) -> list[str]:
+    updates = settings.trainer.steps * settings.trainer.updates_per_step
+    warmup = settings.actor.lr_warmup_updates
+    if warmup < updates:
+        return []
+    return [f"actor.lr_warmup_updates: the warm-up of {warmup} updates takes up all {updates} updates of the run"]
+
+
+def _overlap_warnings(train: list[Problem], held_out: list[Problem]) -> list[str]:
+    known = {problem.messages[-1]["content"] for problem in train}
+    common = sum(problem.messages[-1]["content"] in known for problem in held_out)
+    return [f"data.eval: {common} of {len(held_out)} held-out problems are training problems too"] if common else []

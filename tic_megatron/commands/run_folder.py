@@ -1,0 +1,86 @@
+"""Which run a folder holds, and whether this run may continue it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tic_megatron.config import Settings, SettingsError
+
+# Settings that change neither what is trained nor on what: a resumed run may have others.
+HARMLESS_SECTIONS = {"logging", "cluster"}
+HARMLESS = {
+    *("run.name", "run.dir", "run.resume", "run.allow_change"),
+    *("data.eval", "data.eval_limit", "reward.timeout_s", "reward.workers"),
+    *("trainer.eval_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.noise_check_every"),
+    *("rollout.engines", "rollout.tensor_parallel_size", "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib"),
+    *("rollout.weight_bucket_mib", "rollout.save_every"),
+    *("actor.tensor_parallel_size", "actor.sequence_parallel", "actor.pipeline_parallel_size", "actor.threads"),
+    *("actor.max_tokens_per_microbatch", "actor.logprob_chunk_tokens", "actor.distributed_optimizer"),
+}
+
+
+def check_run_folder(settings: Settings) -> None:
+    """Refuse a run folder that cannot be written, or that holds a run which these settings do not continue.
+
+    `settings` are resolved ones.
+    """
+    folder = Path(settings.run.dir)
+    _check_writable(folder)
+    resume = settings.run.resume
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise SettingsError(f"run.resume: there is no checkpoint {resume}; give auto, never, or a checkpoint's path")
+    if not (folder / "config.yaml").exists() and not has_trained(folder):
+        return
+    if resume == "never":
+        raise SettingsError(f"run.dir: {folder} holds a run already; give another --run.dir, or --run.resume auto to continue it")
+    changes = changed_settings(folder, settings)
+    refused = {key: values for key, values in changes.items() if key not in settings.run.allow_change}
+    if refused:
+        listed = ", ".join(f"{key} ({old} there, {new} here)" for key, (old, new) in list(refused.items())[:4])
+        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
+        raise SettingsError(
+            f"run.dir: {folder} holds another run: it differs in {listed}{more}; give another --run.dir, or continue that run "
+            f"with --run.allow_change {','.join(refused)}"
+        )
+
+
+def changed_settings(folder: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """The settings that matter to a resumed run and differ: name -> (value in the folder's config.yaml, value now)."""
+    path = folder / "config.yaml"
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = {f"{section}.{name}": value for section, members in sections.items() for name, value in members.items()}
+    except OSError as error:
+        raise SettingsError(
+            f"run.dir: {folder} holds a run, but its config.yaml cannot be read ({error.strerror}); give another --run.dir"
+        ) from error
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"run.dir: {path} is not the config.yaml of a run; give another --run.dir") from error
+    here = settings.flatten()
+    # A setting that the older run did not know yet had, in effect, its default value.
+    there = {key: there.get(key, default) for key, default in Settings().flatten().items()}
+    return {key: (there[key], here[key]) for key in here if there[key] != here[key] and not _is_harmless(key, settings)}
+
+
+def _is_harmless(key: str, settings: Settings) -> bool:
+    if key == "trainer.steps":  # a constant learning rate does not depend on how many steps are still to come
+        return settings.actor.lr_decay == "constant"
+    return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run folder holds anything that a run has earned: a finished step or a checkpoint."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise SettingsError(f"run.dir: {folder} cannot be a folder, since {existing} is a file; give another --run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"run.dir: {folder} cannot be written ({existing} is read-only for you); give another --run.dir")

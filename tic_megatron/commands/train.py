@@ -1,0 +1,102 @@
+"""`tic-megatron train`: check, train, and say what came out."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.commands.preflight import TrainInputs, preflight
+from tic_megatron.commands.run_folder import has_trained
+from tic_megatron.config import Settings, SettingsError
+from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
+from tic_megatron.observability.progress import format_duration
+from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
+
+
+def run(settings: Settings) -> int:
+    """Train; returns the exit code. Raises SettingsError before anything has started when the input is bad."""
+    settings.validate()
+    settings = settings.resolve()
+    inputs = preflight(settings)
+    folder = _make_run_folder(settings)
+    for warning in inputs.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        summary = _train(settings, inputs)
+    except SettingsError:
+        _forget_untrained(folder)
+        raise
+    except KeyboardInterrupt:
+        _forget_untrained(folder)
+        print(f"tic-megatron: interrupted; the same command continues from the last checkpoint in {folder}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        log = folder / "logs" / "driver.log"
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        _forget_untrained(folder)
+        print(f"tic-megatron: error: the run failed: {_last_line(error)} (details: {log})", file=sys.stderr)
+        return 1
+    print_summary(summary, folder)
+    return 0
+
+
+def _train(settings: Settings, inputs: TrainInputs) -> dict[str, Any]:
+    from tic_megatron.trainer import train  # Ray and all that it brings
+
+    return train(settings, inputs)
+
+
+def _make_run_folder(settings: Settings) -> Path:
+    folder = Path(settings.run.dir)
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        settings.save(folder / "config.yaml")
+    except OSError as error:
+        raise SettingsError(f"run.dir: {folder} cannot be written ({error.strerror}); give another --run.dir") from error
+    return folder
+
+
+def _forget_untrained(folder: Path) -> None:
+    """Keep the settings of a run that never finished a step out of the way of the next attempt in the same folder."""
+    if not has_trained(folder):
+        (folder / "config.yaml").rename(folder / "logs" / "config.yaml")
+
+
+def _last_line(error: Exception) -> str:
+    """The end of the message: an error from a Ray worker is a whole traceback, whose last line says what happened."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return lines[-1].strip()
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run, and a plain word when nothing was ever rewarded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="Training finished", title_justify="left")
+    table.add_row("held-out accuracy before", _accuracy(summary["accuracy_before"]))
+    table.add_row("held-out accuracy after", _accuracy(summary["accuracy_after"]))
+    table.add_row("steps", str(summary["steps"]))
+    table.add_row("wall time", format_duration(summary["wall_s"]))
+    table.add_row("outputs", str(folder))
+    console = Console()
+    console.print(table)
+    if never_rewarded(folder / METRICS_FILE):
+        console.print(
+            "No response was ever rewarded, so the model has learned nothing: every group's advantages were zero. The problems "
+            "may be too hard for it, or the answers not in the form that the grader reads; see the samples in "
+            f"{folder / ROLLOUTS_FOLDER}."
+        )
+
+
+def never_rewarded(metrics: Path) -> bool:
+    """Whether the mean reward was 0 in every step of `metrics.jsonl` (of which there is at least one)."""
+    rewards = [row["reward/mean"] for row in read_metrics(metrics)]
+    return bool(rewards) and not any(rewards)
+
+
+def _accuracy(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
