@@ -91,7 +91,8 @@ def _library_equal(prediction: str, answer: str) -> bool:
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> list:
     """math-verify's reading of an expression: [SymPy expression, text]."""
-    from math_verify import parse
+    from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off: see above
-    return parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    # Only as LaTeX: its other reading would pick the last number out of anything that is not mathematics.
+    return parse(f"\\boxed{{{text}}}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)

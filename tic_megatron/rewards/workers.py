@@ -1,7 +1,8 @@
 """Grading of a rollout: in the caller's process for plain rewards, in worker processes under a time limit for the others.
 
 Workers are started once and kept between steps. Each has one response at a time; when it takes longer than the limit the
-worker is killed and replaced, that response counts 0, and the other workers go on meanwhile.
+worker is killed and replaced, that response counts 0, and the other workers go on meanwhile. A response whose worker dies is
+graded once more, in case the two had nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tic_megatron
@@ -26,6 +27,8 @@ from tic_megatron.trajectory import Group
 
 START_LIMIT_S = 120.0
 """A worker that is not ready by then counts as broken (its imports take about a second)."""
+MOST_FAILED_STARTS = 4
+"""So many failed starts, without a successful one between them, end the run."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,16 @@ class GradeReport:
     graded: int = 0
     timed_out: int = 0
     failed: int = 0
+
+
+@dataclass
+class _Job:
+    """One call of `grade`: what is still to do (indices), and the responses whose worker died once."""
+
+    rewards: list[float]
+    report: GradeReport
+    queue: deque[int]
+    crashed: set[int] = field(default_factory=set)
 
 
 class RewardWorkers:
@@ -53,6 +66,7 @@ class RewardWorkers:
         self._reward = get_reward(settings.function)
         self._time_limit_s = settings.timeout_s
         self._log_path = log_path
+        self._failed_starts = 0
         self._workers: list[_Worker] = []
         if self._reward.isolated:
             self._workers = [self._start() for _ in range(max(1, settings.workers))]
@@ -67,18 +81,23 @@ class RewardWorkers:
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], GradeReport]:
         """Rewards of (response, answer) pairs, in order. RuntimeError when workers cannot be started."""
+        assert self._workers or not self._reward.isolated, "the workers are closed"
         report = GradeReport(graded=len(pairs))
         rewards = [0.0] * len(pairs)
         if not self._reward.isolated:
             for index, (response, answer) in enumerate(pairs):
                 rewards[index] = _grade_inline(self._reward.function, response, answer, report)
             return rewards, report
-        queue = deque(range(len(pairs)))
-        while queue or any(worker.task is not None for worker in self._workers):
-            for worker in self._workers:
-                if queue and worker.idle and worker.send(queue[0], *pairs[queue[0]]):
-                    queue.popleft()
-            self._wait(rewards, report)
+        job = _Job(rewards, report, deque(range(len(pairs))))
+        try:
+            while job.queue or any(worker.task is not None for worker in self._workers):
+                for worker in self._workers:
+                    if job.queue and worker.idle and worker.send(job.queue[0], *pairs[job.queue[0]]):
+                        job.queue.popleft()
+                self._wait(job)
+        except BaseException:
+            self.close()  # replies under way would be taken for those of the next call
+            raise
         return rewards, report
 
     def close(self) -> None:
@@ -96,7 +115,7 @@ class RewardWorkers:
     def _start(self) -> _Worker:
         return _Worker(self._reward.name, self._time_limit_s, self._log_path)
 
-    def _wait(self, rewards: list[float], report: GradeReport) -> None:
+    def _wait(self, job: _Job) -> None:
         """Take in what the workers reply until one is free or overruns its limit; replace the dead."""
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
@@ -105,20 +124,31 @@ class RewardWorkers:
             ready = [key.data for key, _ in selector.select(None if math.isinf(patience) else patience)]
         for worker in ready:
             for message in worker.receive():
-                _record(worker, message, rewards, report)
+                _record(worker, message, job)
+        if any(not worker.starting for worker in ready):
+            self._failed_starts = 0
         for position, worker in enumerate(self._workers):
-            if worker.alive and time.monotonic() < worker.deadline:
-                continue
-            if worker.starting:
-                worker.kill()
-                raise RuntimeError(
-                    f"a grader of reward {self._reward.name!r} did not start; its output: {self._log_path or 'not kept'}"
-                )
-            report.timed_out += worker.alive
-            report.failed += not worker.alive and worker.task is not None
-            logger.warning("a grader %s and was replaced", "overran its time limit" if worker.alive else "died")
-            worker.kill()
-            self._workers[position] = self._start()
+            if not worker.alive or time.monotonic() >= worker.deadline:
+                self._replace(position, job)
+
+    def _replace(self, position: int, job: _Job) -> None:
+        """Kill a worker that is dead or late, settle its response, and start another. RuntimeError when starts keep failing."""
+        worker = self._workers[position]
+        if worker.task is not None and worker.alive:
+            job.report.timed_out += 1
+        elif worker.task is not None and worker.task in job.crashed:
+            job.report.failed += 1
+        elif worker.task is not None:
+            job.crashed.add(worker.task)
+            job.queue.append(worker.task)
+        self._failed_starts += worker.starting
+        logger.warning("a grader %s and was replaced", "overran its time limit" if worker.alive else "died")
+        worker.kill()
+        self._workers[position] = self._start()
+        if self._failed_starts >= MOST_FAILED_STARTS:
+            raise RuntimeError(
+                f"the graders of reward {self._reward.name!r} do not start; their output: {self._log_path or 'not kept'}"
+            )
 
 
 def _grade_inline(function: RewardFunction, response: str, answer: str, report: GradeReport) -> float:
@@ -130,14 +160,14 @@ def _grade_inline(function: RewardFunction, response: str, answer: str, report: 
         return 0.0
 
 
-def _record(worker: _Worker, message: dict, rewards: list[float], report: GradeReport) -> None:
+def _record(worker: _Worker, message: dict, job: _Job) -> None:
     if "ready" in message:
         worker.starting, worker.deadline = False, math.inf
         return
     if "error" in message:
         logger.warning("grading failed: %s", message["error"])
-        report.failed += 1
-    rewards[worker.task] = message.get("reward", 0.0)
+        job.report.failed += 1
+    job.rewards[worker.task] = message.get("reward", 0.0)
     worker.task, worker.deadline = None, math.inf
 
 
