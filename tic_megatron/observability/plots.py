@@ -44,7 +44,7 @@ def plot_curves(run_dir: Path | str) -> Path | None:
     panels = (_reward, _accuracy, _log_ratio, _effective_sample_size, _gradient_norm, _timings)
     for panel, axes in zip(panels, figure.subplots(2, 3).flat, strict=True):
         panel(axes, rows)
-        _finish(axes)
+        _finish(axes, rows)
     path = run_dir / CURVES_FILE
     temporary = run_dir / f".{CURVES_FILE}.{os.getpid()}.tmp"
     figure.savefig(temporary, format="png", dpi=110)
@@ -72,11 +72,12 @@ def _line(axes: Axes, rows: Sequence[Row], name: str, *, color: str, label: str 
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and up to `window - 1` before it."""
+    """Mean of each value and its neighbours, up to `window // 2` on each side."""
+    reach = window // 2
     means = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - window) : end]
-        means.append(sum(recent) / len(recent))
+    for centre in range(len(values)):
+        near = values[max(0, centre - reach) : centre + reach + 1]
+        means.append(sum(near) / len(near))
     return means
 
 
@@ -94,7 +95,9 @@ def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
         _line(axes, rows, name, color=color, label=name.split("/")[1], smooth=False)
         steps, values = _series(rows, name)
         if values:
-            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(-4, 6), textcoords="offset points", ha="right")
+            axes.annotate(f"{values[0]:.3f}", (steps[0], values[0]), xytext=(2, -14), textcoords="offset points")
+        if len(values) > 1:
+            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(4, 6), textcoords="offset points", ha="right")
     axes.set_ylim(0, 1)
 
 
@@ -114,33 +117,39 @@ def _effective_sample_size(axes: Axes, rows: Sequence[Row]) -> None:
 def _gradient_norm(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_title("Gradient norm")
     _line(axes, rows, "policy/grad_norm", color=_BLUE)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.05 * max(_series(rows, "policy/grad_norm")[1], default=1.0) or None)
 
 
 def _timings(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_title("Where a step's time goes (s)")
-    steps = [row["step"] for row in rows if row["step"] > 0]
-    stacks = {
-        phase: [row.get(f"timing/{phase}_s") or 0.0 for row in rows if row["step"] > 0]
-        for phase in _PHASES
-        if any(row.get(f"timing/{phase}_s") for row in rows)
-    }
-    if not stacks:
+    timed = [row for row in rows if any(row.get(f"timing/{phase}_s") for phase in _PHASES)]
+    if not timed:
         return
+    stacks = {phase: [row.get(f"timing/{phase}_s") or 0.0 for row in timed] for phase in _PHASES}
+    stacks = {phase: seconds for phase, seconds in stacks.items() if any(seconds)}
+    # A step's column reaches from half a step before it to half a step after it.
+    edges = [row["step"] - 0.5 for row in timed] + [timed[-1]["step"] + 0.5]
+    columns = [[*seconds, seconds[-1]] for seconds in stacks.values()]
     colors = [_PHASES[phase] for phase in stacks]
-    axes.stackplot(
-        steps, *stacks.values(), labels=list(stacks), colors=colors, alpha=0.85, step="mid" if len(steps) > 1 else None
-    )
-    # The first steps warm caches up; their times would flatten all others.
+    axes.stackplot(edges, *columns, labels=list(stacks), colors=colors, alpha=0.85, step="post")
+    # The first steps warm caches up; their times would flatten all others. The space above is for the legend.
     totals = sorted(map(sum, zip(*stacks.values(), strict=True)))
-    axes.set_ylim(0, 1.3 * totals[min(len(totals) - 1, int(0.97 * len(totals)))] or 1.0)
+    axes.set_ylim(0, 1.35 * (totals[int(0.97 * (len(totals) - 1))] or 1.0))
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("step")
+    margin = 0.5 + 0.02 * (rows[-1]["step"] - rows[0]["step"])
+    axes.set_xlim(rows[0]["step"] - margin, rows[-1]["step"] + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    labels = axes.get_legend_handles_labels()[1]
     if not axes.has_data():
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#718096")
-    elif len(axes.get_legend_handles_labels()[1]) > 1:
+    elif len(labels) > 3:
+        axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=3, columnspacing=1.2)
+    elif len(labels) > 1:
         axes.legend(frameon=False, fontsize=9)

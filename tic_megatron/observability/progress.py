@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -84,7 +85,7 @@ class ProgressDisplay:
         now = time.monotonic()
         self._durations.append((now - self._last_update) / max(1, step - self._step))
         self._last_update, self._step, self._metrics = now, step, metrics
-        if "reward/mean" in metrics:
+        if math.isfinite(metrics.get("reward/mean", math.nan)):
             self._rewards.append(metrics["reward/mean"])
         for name, value in metrics.items():
             if name.startswith("eval/") and name.endswith("/accuracy"):
