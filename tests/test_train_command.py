@@ -1,0 +1,253 @@
+"""`tic-megatron train`: bad models and rows are refused before the start; how runs end; which runs a folder may continue."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.models import make_tiny_qwen3
+from tests.workspace import make_workspace, refusal, settings_of, write_rows
+from tic_megatron.cli import main
+from tic_megatron.commands.preflight import preflight
+from tic_megatron.config import SettingsError
+
+
+@pytest.fixture(scope="module")
+def tiny_qwen3(tmp_path_factory):
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=0, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def workspace(tmp_path, tiny_qwen3, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_workspace(tmp_path, tiny_qwen3)
+
+
+def remove(*names):
+    return lambda workspace: [(workspace.model / name).unlink() for name in names]
+
+
+def cut_off(workspace):
+    path = workspace.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_tokenizer(**changes):
+    def edit(workspace):
+        path = workspace.model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+BAD_MODELS = {
+    "no config": (remove("config.json"), [], ["config.json cannot be read"]),
+    "config that is no JSON": (lambda w: (w.model / "config.json").write_text("{"), [], ["config.json is not valid JSON"]),
+    "another model": (lambda w: w.edit_config(model_type="llama"), [], ["model_type 'llama'", "dense Qwen3"]),
+    "mixture of experts": (lambda w: w.edit_config(model_type="qwen3_moe"), [], ["mixture-of-experts", "dense"]),
+    "scaled RoPE": (lambda w: w.edit_config(rope_scaling={"type": "yarn"}, rope_parameters=None), [], ["RoPE scaling 'yarn'"]),
+    "sliding window": (lambda w: w.edit_config(use_sliding_window=True), [], ["sliding-window attention"]),
+    "quantized": (lambda w: w.edit_config(quantization_config={"bits": 4}), [], ["quantized weights"]),
+    "no heads": (lambda w: w.edit_config(num_attention_heads=None), [], ["num_attention_heads None"]),
+    "vocabulary": (
+        lambda w: w.edit_config(vocab_size=321),
+        ["--actor.tensor_parallel_size=2", "--cluster.gpus_per_node=2"],
+        ["actor.tensor_parallel_size 2 does not divide vocab_size 321"],
+    ),
+    "small vocabulary": (lambda w: w.edit_config(vocab_size=200), [], ["tokenizer", "vocab_size 200"]),
+    "no weights": (remove("model.safetensors"), [], ["model.safetensors are missing"]),
+    "weights cut off": (cut_off, [], ["model.safetensors", "it is cut off"]),
+    "pointer instead of weights": (
+        lambda w: (w.model / "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n"),
+        [],
+        ["model.safetensors is not a safetensors file"],
+    ),
+    "index of a missing shard": (
+        lambda w: (w.model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+        [],
+        ["model-2.safetensors are missing"],
+    ),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), [], ["has no tokenizer"]),
+    "no chat template": (remove("chat_template.jinja"), [], ["no chat template"]),
+    "no end token": (edit_tokenizer(eos_token=None), [], ["no end token"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "flags", "words"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models_are_refused(workspace, capsys, spoil, flags, words):
+    spoil(workspace)
+    line = refusal(capsys, [*workspace.base, *flags])
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_malformed_row_is_named(workspace, capsys):
+    with (workspace.root / "train.jsonl").open("a") as file:
+        file.write('{"problem": "1+1=", "answer": }\n')
+    assert f"{workspace.root}/train.jsonl:11: malformed JSON" in refusal(capsys, workspace.base)
+
+
+def test_unreachable_hub_name_is_one_line(workspace, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(workspace.root / "cache"))
+    assert "model.path: nobody/no-such-model-here is no directory" in refusal(
+        capsys, [*workspace.base, "--model.path=nobody/no-such-model-here"]
+    )
+
+
+def checked(workspace, *flags):
+    """What preflight makes of a good command line."""
+    settings = settings_of(*workspace.base[1:], *flags)
+    settings.validate()
+    settings = settings.resolve()
+    return settings, preflight(settings)
+
+
+def test_preflight_loads_what_the_run_needs(workspace):
+    write_rows(workspace.root / "eval.jsonl", [{"problem": f"{n}+2=", "answer": n + 2} for n in range(8)])
+    settings, inputs = checked(workspace, "--data.eval=eval.jsonl", "--data.eval_limit=5", "--run.dir=null", "--run.name=x")
+    assert (len(inputs.train_prompts), len(inputs.eval_prompts), inputs.hf_config.model_type) == (10, 5, "qwen3")
+    assert (inputs.model_dir, inputs.warnings, inputs.tokenizer.eos_token) == (workspace.model, [], "<|im_end|>")
+    assert settings.run.dir == str(workspace.root / "runs" / "x") and not Path(settings.run.dir).exists()
+    assert settings.cluster.device in ("cpu", "cuda") and settings.rollout.precision == "fp32"
+
+
+def test_long_training_problems_are_left_out_and_counted_but_held_out_ones_refused(workspace):
+    rows = [{"problem": "1+1=" * repeats, "answer": "2"} for repeats in (1, 1, 1, 1, 60, 70)]
+    write_rows(workspace.root / "train.jsonl", rows)
+    write_rows(workspace.root / "eval.jsonl", rows[3:])
+    _, inputs = checked(workspace)
+    assert len(inputs.train_prompts) == 4
+    (warning,) = inputs.warnings
+    assert "2 of 6 problems are left out" in warning and "train.jsonl:6" in warning and "max_prompt_tokens 128" in warning
+    with pytest.raises(
+        SettingsError, match=r"data\.eval: 2 of 3 problems are longer .*eval\.jsonl:3, has \d+\); raise the limit"
+    ):
+        checked(workspace, "--data.eval=eval.jsonl")
+
+
+def test_warnings_for_a_long_warm_up_and_shared_problems(workspace):
+    _, inputs = checked(workspace, "--trainer.steps=4", "--actor.lr_warmup_updates=8", "--data.eval=train.jsonl")
+    assert ["warm-up of 8 updates" in inputs.warnings[0], "10 of 10 held-out problems" in inputs.warnings[1]] == [True, True]
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Puts a function in the trainer's place: how a run ends is tested here, not training."""
+
+    def install(train):
+        monkeypatch.setitem(sys.modules, "tic_megatron.trainer", types.SimpleNamespace(train=train))
+
+    return install
+
+
+def finish(rewards):
+    def train(settings, inputs):
+        Path(settings.run.dir, "metrics.jsonl").write_text("".join(json.dumps({"reward/mean": r}) + "\n" for r in rewards))
+        return {"accuracy_before": 0.25, "accuracy_after": None, "steps": len(rewards), "wall_s": 125.4}
+
+    return train
+
+
+def test_a_run_ends_with_a_table(workspace, capsys, trainer):
+    trainer(finish([0.0, 0.5]))
+    assert main(workspace.base) == 0
+    out = capsys.readouterr().out
+    assert "0.250" in out and "not measured" in out and "2m05s" in out and "ever rewarded" not in out
+    assert yaml.safe_load((workspace.root / "run" / "config.yaml").read_text())["run"]["dir"] == str(workspace.root / "run")
+
+
+def test_a_run_without_any_reward_says_so(workspace, capsys, trainer):
+    trainer(finish([0.0, 0.0]))
+    assert main(workspace.base) == 0
+    assert "No response was ever rewarded" in capsys.readouterr().out
+
+
+def test_a_failure_is_one_line_and_a_log(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise RuntimeError("worker 3 died")
+
+    trainer(train)
+    assert main(workspace.base) == 1
+    err = capsys.readouterr().err
+    log = workspace.root / "run" / "logs" / "driver.log"
+    assert err == f"tic-megatron: error: the run failed: RuntimeError: worker 3 died (details: {log})\n"
+    assert "Traceback" in log.read_text() and "worker 3 died" in log.read_text()
+    trainer(finish([1.0]))  # nothing was trained, so other settings may use the folder
+    assert main([*workspace.base, "--run.seed=9"]) == 0
+
+
+def test_an_interrupted_run_exits_with_130(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise KeyboardInterrupt
+
+    trainer(train)
+    assert main(workspace.base) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_bad_input_found_in_a_worker_is_one_line(workspace, capsys, trainer):
+    def train(settings, inputs):
+        raise SettingsError("ray::Worker()\n  File x, line 3\ntic_megatron.config.SettingsError: model.path: no such tensor")
+
+    trainer(train)
+    assert refusal(capsys, workspace.base) == "tic-megatron: error: model.path: no such tensor"
+
+
+@pytest.fixture
+def trained(workspace, capsys, trainer):
+    """A workspace whose run folder holds a run."""
+    trainer(finish([0.5]))
+    assert main(workspace.base) == 0
+    capsys.readouterr()
+    return workspace
+
+
+def test_the_same_run_may_continue(trained):
+    assert main(trained.base) == 0
+    layout = ["--actor.tensor_parallel_size=2", "--cluster.gpus_per_node=2", "--trainer.save_every=3", "--trainer.steps=200"]
+    assert main([*trained.base, *layout]) == 0
+
+
+def test_a_folder_with_another_run_is_refused(trained, capsys):
+    line = refusal(capsys, [*trained.base, "--actor.learning_rate=1e-3", "--rollout.group_size=8"])
+    assert (
+        "holds another run" in line and "actor.learning_rate (1e-06 there, 0.001 here)" in line and "rollout.group_size" in line
+    )
+    assert "--run.allow_change rollout.group_size,actor.learning_rate" in line
+
+
+def test_a_change_may_be_allowed(trained, capsys):
+    changes = ["--actor.learning_rate=1e-3", "--run.seed=3"]
+    assert "run.seed" in refusal(capsys, [*trained.base, *changes, "--run.allow_change=actor.learning_rate"])
+    assert main([*trained.base, *changes, "--run.allow_change=actor.learning_rate,run.seed"]) == 0
+
+
+def test_more_steps_are_another_run_when_the_learning_rate_decays(workspace, capsys, trainer):
+    trainer(finish([0.5]))
+    decay = [*workspace.base, "--actor.lr_decay=linear"]
+    assert main(decay) == 0
+    capsys.readouterr()
+    assert "trainer.steps (100 there, 200 here)" in refusal(capsys, [*decay, "--trainer.steps=200"])
+
+
+def test_never_resuming_refuses_any_run(trained, capsys):
+    assert "holds a run already" in refusal(capsys, [*trained.base, "--run.resume=never"])
+
+
+def test_a_run_without_its_settings_is_refused(trained, capsys):
+    config = trained.root / "run" / "config.yaml"
+    config.write_text("nonsense")
+    assert "is not the config.yaml of a run" in refusal(capsys, trained.base)
+    config.unlink()
+    assert "config.yaml cannot be read" in refusal(capsys, trained.base)
+
+
+def test_other_files_in_the_folder_do_no_harm(workspace, trainer):
+    (workspace.root / "run" / "checkpoints").mkdir(parents=True)
+    (workspace.root / "run" / "notes.txt").write_text("mine")
+    trainer(finish([0.5]))
+    assert main([*workspace.base, "--run.resume=never"]) == 0
