@@ -46,10 +46,10 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
         backend = MegatronBackend(settings, model, device)
         groups = rollout(backend.hf.vocab_size)
         step = PolicyStep(backend, settings)
-        step.load(pack_rollout(groups, 2, settings.data_parallel_size, settings.actor.max_tokens_per_microbatch))
+        shards = pack_rollout(groups, 2, settings.data_parallel_size, settings.actor.max_tokens_per_microbatch)
+        step.load(shards[backend.data_parallel_rank])
         step.old_logprobs(check_noise=True)
-        stats0, noise = step.update(0)
-        stats1, _ = step.update(1)
+        stats0, stats1 = step.update(0), step.update(1)
         gradient = {
             hf.name: (hf.shard_dim, backend.weights.tp_rank, piece.clone())
             for weight, parameter in backend.weights.owned()
@@ -60,7 +60,7 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
             for weight, parameter in backend.weights.owned()
             for hf, piece in zip(weight.parts, weight.split(parameter), strict=True)
         }
-        results.append({"stats": [stats0, stats1], "noise": noise, "gradient": gradient, "parameters": parameters})
+        results.append({"stats": [stats0, stats1], "gradient": gradient, "parameters": parameters})
     return results
 
 
@@ -76,20 +76,20 @@ def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[
     backend = MegatronBackend(settings, model, device)
     groups = rollout(backend.hf.vocab_size)
     step = PolicyStep(backend, settings)
-    step.load([pack_mini_batch(groups, 1, 300)])
+    step.load(pack_mini_batch(groups, 1, 300))
     step.old_logprobs(check_noise=True)
-    kept = step.update(0)[1]
+    kept = step.update(0).noise
 
     # The same trajectories, one per micro-batch: other shapes, other kernels.
     backend = MegatronBackend(settings, model, device)
     step = PolicyStep(backend, settings)
-    step.load([pack_mini_batch(groups, 1, 300)])
-    for m, micro_batch in enumerate(step.mini_batches[0].shards[0]):
+    step.load(pack_mini_batch(groups, 1, 300))
+    for m, micro_batch in enumerate(step.mini_batches[0].micro_batches):
         alone = [type(micro_batch)([t]) for t in micro_batch.trajectories]
         inputs = [pack_inputs(a, alignment=1, device=device) for a in alone]
         step.old.setdefault(0, []).append(torch.cat(backend.forward(inputs)))
         assert step.old[0][m].shape == step.inputs[0][m].targets.shape
-    return [kept, step.update(0)[1]]
+    return [kept, step.update(0).noise]
 
 
 def logits(rank: int, world_size: int, master: str, models: list[str], token_ids: list[int]) -> list[torch.Tensor]:

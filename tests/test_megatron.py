@@ -109,7 +109,7 @@ def check_updates(ranks: list[dict], reference: list[dict], where: tuple) -> Non
         log_ratio = sorted(x for s in stats for x in s.log_ratio)
         assert k == 0 or max(log_ratio) > 0.1, "the ratio is in use"
         assert torch.allclose(torch.tensor(log_ratio), torch.tensor(reference[k]["log_ratio"]), atol=1e-4), (*where, k)
-    assert all(r["noise"] == 0.0 for r in ranks if r["noise"] is not None), where
+    assert all(r["stats"][0].noise == 0.0 for r in ranks if r["stats"][0] is not None), where
     gradient = merge(ranks, "gradient")  # as the optimizer left it: clipped
     clip = min(1.0, 1.0 / reference[1]["norm"])
     # The second update starts from parameters that fp32 has rounded, the reference from float64 ones.

@@ -64,13 +64,13 @@ class MicroBatch:
 
 @dataclass
 class MiniBatch:
-    """The trajectories of one optimizer update, packed.
+    """What one data-parallel rank gets of the trajectories of one optimizer update.
 
-    `shards[d]` are the micro-batches of data-parallel rank `d`, equally many on each. `n_trajectories` and `n_tokens` are the
-    totals of the mini-batch over all ranks *before* zero-advantage groups were left out: they are what the objective's
-    normaliser divides by, so neither packing nor the savings change the gradient.
+    All ranks have equally many micro-batches. `n_trajectories` and `n_tokens` are the totals over *all* ranks, before
+    zero-advantage groups were left out: they are what the objective's normaliser divides by, so neither packing nor the
+    savings change the gradient.
     """
 
-    shards: list[list[MicroBatch]]
+    micro_batches: list[MicroBatch]
     n_trajectories: int
     n_tokens: int

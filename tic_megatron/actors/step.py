@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tic_megatron.actors.stats import MismatchStats, UpdateResult, UpdateStats
 from tic_megatron.algorithms import OBJECTIVES
 from tic_megatron.algorithms.normalisers import Totals
 from tic_megatron.algorithms.objectives import objective_terms
@@ -85,15 +86,6 @@ LossClosure = Callable[[int, Tensor, Tensor], Tensor]
 """(micro-batch index, log-probs [n], entropy [n]) -> loss to minimise, a scalar that is summed over micro-batches and ranks."""
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """What a backend reports of one optimizer update. `applied` is false when the update was skipped (fp16 overflow)."""
-
-    grad_norm: float
-    learning_rate: float
-    applied: bool
-
-
 class Backend(Protocol):
     """What `PolicyStep` needs of a training backend."""
 
@@ -114,32 +106,6 @@ class Backend(Protocol):
         ...
 
 
-@dataclass
-class UpdateStats:
-    """Statistics of one update on one shard, as sums and per-trajectory lists; the driver adds the shards up.
-
-    `value`: the objective's value; `log_ratio`, `capped`: L_i and whether the cap was active, of each trajectory that
-    was trained on; `entropy_sum`, `n_tokens`: over its response tokens.
-    """
-
-    value: float = 0.0
-    entropy_sum: float = 0.0
-    n_tokens: int = 0
-    log_ratio: list[float] = field(default_factory=list)
-    capped: list[bool] = field(default_factory=list)
-    result: UpdateResult | None = None
-
-
-@dataclass
-class MismatchStats:
-    """Trainer's against generator's log-probs, both at theta_old: per-token |difference| and per-trajectory sums."""
-
-    abs_sum: float = 0.0
-    abs_max: float = 0.0
-    n_tokens: int = 0
-    trajectory_log_ratio: list[float] = field(default_factory=list)
-
-
 class PolicyStep:
     """One rollout on one rank: `load`, then `old_logprobs`, then `update(0)` ... `update(K - 1)`, in this order."""
 
@@ -150,38 +116,29 @@ class PolicyStep:
 
     def load(self, mini_batches: list[MiniBatch]) -> None:
         """Take this rank's share of a rollout; the packing is kept for all its passes."""
-        shard = self.backend.data_parallel_rank
         self.mini_batches = mini_batches
         self.inputs = [
-            [pack_inputs(m, alignment=self.backend.alignment, device=self.backend.device) for m in batch.shards[shard]]
+            [pack_inputs(m, alignment=self.backend.alignment, device=self.backend.device) for m in batch.micro_batches]
             for batch in mini_batches
         ]
         self.old: dict[int, list[Tensor]] = {}
         self.mismatch = MismatchStats()
 
-    def old_logprobs(self, *, check_noise: bool) -> MismatchStats | None:
+    def old_logprobs(self, *, check_noise: bool) -> None:
         """Log-probs at theta_old of all mini-batches but the first, by forward-only passes.
 
         The first mini-batch is updated at theta_old itself, so its own log-probs, detached, are the old ones, and the pass
         is saved. With `check_noise` it is made all the same, to be compared with the training forward.
         """
-        first = 0 if check_noise else 1
-        for k in range(first, len(self.inputs)):
+        for k in range(0 if check_noise else 1, len(self.inputs)):
             self.old[k] = self.backend.forward(self.inputs[k])
         for k in range(1, len(self.inputs)):
-            self._add_mismatch(k, self.old[k])
-        return self.mismatch if self.backend.reports else None
+            for inputs, old in zip(self.inputs[k], self.old[k], strict=False):
+                self._add_mismatch(inputs, old)
 
-    def update(self, k: int) -> tuple[UpdateStats | None, float | None]:
-        """One optimizer update on mini-batch k.
-
-        Returns:
-            (statistics, max |L| between the forward-only pass and the training forward at theta_old), None on ranks that
-            report nothing; the second also where it was not measured (k > 0, or no noise check).
-        """
+    def update(self, k: int) -> UpdateStats | None:
+        """One optimizer update on mini-batch k; None on ranks that report nothing."""
         stats = UpdateStats()
-        noise: list[Tensor] = []
-        own: list[Tensor] = []
         totals = Totals(
             self.mini_batches[k].n_trajectories,
             self.mini_batches[k].n_tokens,
@@ -190,11 +147,7 @@ class PolicyStep:
 
         def loss(index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
             inputs = self.inputs[k][index]
-            if k == 0:
-                own.append(logprobs.detach())
-                if 0 in self.old:
-                    noise.append(inputs.segments.sum(logprobs.detach() - self.old[0][index]).abs())
-            old = logprobs.detach() if k == 0 else self.old[k][index]
+            old = self._first_old_logprobs(index, logprobs.detach(), stats) if k == 0 else self.old[k][index]
             terms = objective_terms(
                 self.objective,
                 logprobs,
@@ -213,19 +166,22 @@ class PolicyStep:
             return -terms.value
 
         stats.result = self.backend.update(self.inputs[k], loss)
-        if not self.backend.reports:
-            return None, None
-        if k == 0:
-            self._add_mismatch(0, own)
-        worst = [n.max().item() for n in noise if n.numel()]
-        return stats, (max(worst, default=0.0) if 0 in self.old and k == 0 else None)
+        return stats if self.backend.reports else None
 
-    def _add_mismatch(self, k: int, logprobs: list[Tensor]) -> None:
-        for inputs, trainer_logprobs in zip(self.inputs[k], logprobs, strict=False):
-            difference = trainer_logprobs - inputs.inference_logprobs
-            if difference.numel() == 0:
-                continue
-            self.mismatch.abs_sum += difference.abs().double().sum().item()
-            self.mismatch.abs_max = max(self.mismatch.abs_max, difference.abs().max().item())
-            self.mismatch.n_tokens += difference.numel()
-            self.mismatch.trajectory_log_ratio += inputs.segments.sum(difference).tolist()
+    def _first_old_logprobs(self, index: int, own: Tensor, stats: UpdateStats) -> Tensor:
+        """Old log-probs of the first mini-batch: its own. Compares them with the forward-only pass where there was one."""
+        inputs = self.inputs[0][index]
+        self._add_mismatch(inputs, own)
+        if 0 in self.old:
+            noise = inputs.segments.sum(own - self.old[0][index]).abs()
+            stats.noise = max(stats.noise or 0.0, noise.max().item() if noise.numel() else 0.0)
+        return own
+
+    def _add_mismatch(self, inputs: PackedInputs, trainer_logprobs: Tensor) -> None:
+        difference = trainer_logprobs - inputs.inference_logprobs
+        if difference.numel() == 0:
+            return
+        self.mismatch.abs_sum += difference.abs().double().sum().item()
+        self.mismatch.abs_max = max(self.mismatch.abs_max, difference.abs().max().item())
+        self.mismatch.n_tokens += difference.numel()
+        self.mismatch.trajectory_log_ratio += inputs.segments.sum(difference).tolist()

@@ -19,20 +19,24 @@ def split_into_mini_batches(groups: Sequence[Group], n_updates: int) -> list[lis
     return [list(groups[k * size : (k + 1) * size]) for k in range(n_updates)]
 
 
-def pack_rollout(groups: Sequence[Group], n_updates: int, n_shards: int, max_tokens: int) -> list[MiniBatch]:
-    """Mini-batches of a rollout, packed.
+def pack_rollout(groups: Sequence[Group], n_updates: int, n_shards: int, max_tokens: int) -> list[list[MiniBatch]]:
+    """The mini-batches of a rollout, for each data-parallel rank.
 
     Args:
         groups: the rollout, graded, advantages set.
         n_updates: number of mini-batches (K).
         n_shards: data-parallel size.
         max_tokens: token budget of a micro-batch; at least the longest trajectory.
+
+    Returns:
+        [n_shards][n_updates]
     """
-    return [pack_mini_batch(part, n_shards, max_tokens) for part in split_into_mini_batches(groups, n_updates)]
+    packed = [pack_mini_batch(part, n_shards, max_tokens) for part in split_into_mini_batches(groups, n_updates)]
+    return [list(shard) for shard in zip(*packed, strict=True)]
 
 
-def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int) -> MiniBatch:
-    """One mini-batch: zero-advantage groups left out, balanced over shards, packed into micro-batches.
+def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int) -> list[MiniBatch]:
+    """One mini-batch, for each data-parallel rank: zero-advantage groups left out, balanced, packed into micro-batches.
 
     Guarantees: every trajectory of a group with unequal rewards is in exactly one micro-batch; no micro-batch exceeds
     `max_tokens`; all shards have equally many micro-batches, at least one; the loads of two shards differ by at most the
@@ -42,9 +46,11 @@ def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int) -> 
     trained = [t for group in groups if not has_equal_rewards(group) for t in group.trajectories]
     shards = [pack_tokens(shard, max_tokens) for shard in balance(trained, n_shards)]
     n_micro_batches = max(1, *(len(shard) for shard in shards))
-    for shard in shards:
-        shard += [MicroBatch() for _ in range(n_micro_batches - len(shard))]
-    return MiniBatch(shards, len(everything), sum(t.response_length for t in everything))
+    n_tokens = sum(t.response_length for t in everything)
+    return [
+        MiniBatch(shard + [MicroBatch() for _ in range(n_micro_batches - len(shard))], len(everything), n_tokens)
+        for shard in shards
+    ]
 
 
 def has_equal_rewards(group: Group) -> bool:

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from tic_megatron.actors.megatron.model import ResponseTokens, build_model, transformer_config
 from tic_megatron.actors.megatron.parameters import LocalWeights
 from tic_megatron.actors.schedule import learning_rate
-from tic_megatron.actors.step import LossClosure, PackedInputs, UpdateResult
+from tic_megatron.actors.stats import UpdateResult
+from tic_megatron.actors.step import LossClosure, PackedInputs
 from tic_megatron.config import Settings
 
 INITIAL_LOSS_SCALE = 2.0**12

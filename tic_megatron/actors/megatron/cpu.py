@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 
-
 import torch
 
 _FACTORIES = (
@@ -141,7 +140,7 @@ def _patch_cuda_module() -> None:
     # Megatron forks "the CUDA generator" per parallel region; on a CPU that is the process's one generator.
     from megatron.core.tensor_parallel import random as megatron_random
 
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed = torch.default_generator.manual_seed
     for module in (cuda, cuda.random, megatron_random):
         name = "_{}_cuda_rng_state" if module is megatron_random else "{}_rng_state"
         setattr(module, name.format("get"), lambda *args, **kwargs: torch.random.get_rng_state())

@@ -1,0 +1,58 @@
+"""Weights and optimizer in Megatron's distributed checkpoint format, which other layouts can read.
+
+Nothing of the generators' states needs saving: a Qwen3 forward pass draws no random numbers, and the engines' seeds derive
+from the run's seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import ChainedOptimizer
+
+from tic_megatron.actors.megatron.backend import MegatronBackend
+
+# The default type, and any but this one, cannot be read in another layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(backend: MegatronBackend, directory: Path) -> None:
+    """Write this rank's part; a collective of all ranks. `directory` must exist."""
+    dist_checkpointing.save(_sharded_state(backend, is_loading=False), str(directory), content_metadata=_METADATA)
+    if dist.get_rank() == 0:
+        (directory / "progress.json").write_text(json.dumps({"updates_done": backend.updates_done}), encoding="utf-8")
+    dist.barrier()
+
+
+def load(backend: MegatronBackend, directory: Path) -> None:
+    """Read this rank's part; a collective of all ranks."""
+    backend.updates_done = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["updates_done"]
+    inner = [optimizer.optimizer for optimizer in _optimizers(backend)]
+    if hasattr(backend.optimizer.chained_optimizers[0], "_init_optimizer_states_with_dummy_values"):
+        for optimizer in _optimizers(backend):
+            optimizer._init_optimizer_states_with_dummy_values()
+    for optimizer in inner:
+        for state in optimizer.state.values():
+            state.pop("step", None)
+    loaded = dist_checkpointing.load(_sharded_state(backend, is_loading=True), str(directory))
+    backend.model.module.load_state_dict(loaded["model"])
+    backend.optimizer.load_state_dict(loaded["optimizer"])
+    for optimizer in inner:
+        for state in optimizer.state.values():
+            # One tensor per parameter: torch's AdamW counts it up in place, and a shared one would count every parameter.
+            state["step"] = torch.tensor(float(backend.updates_done))
+
+
+def _optimizers(backend: MegatronBackend) -> list:
+    assert isinstance(backend.optimizer, ChainedOptimizer)
+    return backend.optimizer.chained_optimizers
+
+
+def _sharded_state(backend: MegatronBackend, *, is_loading: bool) -> dict:
+    model = backend.model.module.sharded_state_dict(metadata=_METADATA)
+    optimizer = backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    return {"model": model, "optimizer": optimizer}

@@ -1,0 +1,42 @@
+"""What a training rank reports of a rollout, as sums and per-trajectory lists; the driver adds the ranks up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What a backend reports of one optimizer update. `applied` is false when the update was skipped (fp16 overflow)."""
+
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+@dataclass
+class UpdateStats:
+    """One update on one data-parallel shard.
+
+    `value`: the objective's value; `log_ratio`, `capped`: L_i and whether the cap was active, of each trajectory that
+    was trained on; `entropy_sum`, `n_tokens`: over its response tokens; `noise`: max |L| between the forward-only pass and
+    the training forward, both at theta_old, where it was measured.
+    """
+
+    value: float = 0.0
+    entropy_sum: float = 0.0
+    n_tokens: int = 0
+    log_ratio: list[float] = field(default_factory=list)
+    capped: list[bool] = field(default_factory=list)
+    noise: float | None = None
+    result: UpdateResult | None = None
+
+
+@dataclass
+class MismatchStats:
+    """Trainer's against generator's log-probs, both at theta_old: per-token |difference| and per-trajectory sums."""
+
+    abs_sum: float = 0.0
+    abs_max: float = 0.0
+    n_tokens: int = 0
+    trajectory_log_ratio: list[float] = field(default_factory=list)

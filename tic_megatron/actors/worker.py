@@ -1,0 +1,102 @@
+"""One training rank in a process of its own (a Ray actor). Megatron is imported in `setup`, after the output has been
+redirected and the environment is set."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.config import Settings
+from tic_megatron.observability.logs import redirect_output
+from tic_megatron.trajectory import MiniBatch
+
+
+class ActorWorker:
+    """A rank without a number: `place` tells where it runs, `setup` makes it a rank."""
+
+    def __init__(self, settings: Settings, log_file: str):
+        redirect_output(log_file)
+        self.settings = settings
+
+    def place(self) -> tuple[str, list[int], int]:
+        """(node address, ids of the GPUs that Ray gave this process, process id)."""
+        import ray
+
+        return ray.util.get_node_ip_address(), [int(i) for i in ray.get_gpu_ids()], os.getpid()
+
+    def free_address(self) -> str:
+        """`host:port` for the process group, when this becomes rank 0."""
+        import socket
+
+        import ray
+
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+
+    def setup(self, rank: int, world_size: int, master: str, model_path: str) -> int:
+        """Join the process groups and load this rank's slices of the model. Returns the data-parallel rank."""
+        from tic_megatron.actors.megatron import runtime
+
+        settings = self.settings
+        random.seed(settings.run.seed)
+        device = runtime.initialize(
+            rank, world_size, master, settings.actor, seed=settings.run.seed, timeout_s=settings.cluster.timeout_s
+        )
+        from tic_megatron.actors.megatron.backend import MegatronBackend
+        from tic_megatron.actors.megatron.export import WeightExporter
+        from tic_megatron.actors.step import PolicyStep
+
+        self.backend = MegatronBackend(settings, model_path, device)
+        self.step = PolicyStep(self.backend, settings)
+        self.exporter = WeightExporter(
+            self.backend.weights, self.backend.config.params_dtype, device, settings.rollout.weight_bucket_mib * 2**20
+        )
+        return self.backend.data_parallel_rank
+
+    def load_rollout(self, mini_batches: list[MiniBatch]) -> None:
+        """Take this rank's share of a rollout."""
+        self.step.load(mini_batches)
+
+    def old_logprobs(self, check_noise: bool) -> None:
+        """Forward-only passes at theta_old."""
+        self.step.old_logprobs(check_noise=check_noise)
+
+    def update(self, k: int) -> Any:
+        """One optimizer update; `UpdateStats`, or None on ranks that report nothing."""
+        return self.step.update(k)
+
+    def mismatch(self) -> Any:
+        """Trainer against generator on this rollout; None on ranks that report nothing."""
+        return self.step.mismatch if self.backend.reports else None
+
+    def begin_export(self) -> int:
+        """Start reading the weights out; returns the number of buckets."""
+        return self.exporter.begin()
+
+    def export_bucket(self, index: int) -> dict[str, Any] | None:
+        """Assemble one bucket."""
+        return self.exporter.export(index)
+
+    def save_hf(self, directory: str) -> dict[str, str]:
+        """Write this rank's part of a Hugging Face checkpoint; `{tensor name: file name}`."""
+        return self.exporter.save(Path(directory))
+
+    def save_checkpoint(self, directory: str) -> None:
+        """Write this rank's part of a checkpoint."""
+        from tic_megatron.actors.megatron.checkpoint import save
+
+        save(self.backend, Path(directory))
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Read this rank's part of a checkpoint."""
+        from tic_megatron.actors.megatron.checkpoint import load
+
+        load(self.backend, Path(directory))
+
+    def shutdown(self) -> None:
+        """Free what outlives the process: shared memory."""
+        if hasattr(self, "exporter"):
+            self.exporter.close()

@@ -1,0 +1,91 @@
+"""Where a step's trajectories come from: sampled by the engines, or read from an earlier run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tic_megatron.config import Settings
+from tic_megatron.observability.rollouts import find_rollout, read_rollout
+from tic_megatron.rewards import RewardWorkers
+from tic_megatron.rollout.engines import EngineGroup
+from tic_megatron.rollout.requests import stable_seed
+from tic_megatron.trajectory import Group, Prompt
+from tic_megatron.weights.sending import send_weights
+
+
+class RolloutSource(Protocol):
+    """What the trainer needs of it."""
+
+    def sample(self, prompts: list[Prompt], step: int) -> list[Group]:
+        """G responses per prompt."""
+        ...
+
+    def grade(self, groups: list[Group]) -> None:
+        """Set every trajectory's reward."""
+        ...
+
+    def make_room(self) -> None:
+        """Training comes next: give the GPUs up."""
+        ...
+
+    def use_weights(self, actors, version: int) -> None:
+        """Sample with the actors' weights from now on."""
+        ...
+
+
+class SampledRollouts:
+    """Rollouts from the vLLM engines."""
+
+    def __init__(self, settings: Settings, engines: EngineGroup, rewards: RewardWorkers):
+        self.settings = settings
+        self.engines = engines
+        self.rewards = rewards
+
+    def sample(self, prompts: list[Prompt], step: int) -> list[Group]:
+        """G responses per prompt at the training temperature; the seed depends on the run's seed and the step only."""
+        rollout = self.settings.rollout
+        return self.engines.generate(
+            prompts,
+            group_size=rollout.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            seed=stable_seed(self.settings.run.seed, step),
+        )
+
+    def grade(self, groups: list[Group]) -> None:
+        """By the reward function, in worker processes."""
+        self.rewards.grade_groups(groups)
+
+    def make_room(self) -> None:
+        """Put colocated engines to sleep; their weights are about to be replaced."""
+        if self.settings.cluster.colocate:
+            self.engines.sleep(level=2)
+
+    def use_weights(self, actors, version: int) -> None:
+        """Wake the engines' weights, send the new ones, then wake the KV cache: both never need room at once."""
+        if self.settings.cluster.colocate:
+            self.engines.wake_up(["weights"])
+        send_weights(actors, self.engines, version=version)
+        if self.settings.cluster.colocate:
+            self.engines.wake_up(["kv_cache"])
+
+
+class ReplayedRollouts:
+    """Rollouts that an earlier run saved (`rollout.replay`), rewards included: for debugging, without engines."""
+
+    def __init__(self, settings: Settings):
+        self.path = settings.rollout.replay
+
+    def sample(self, prompts: list[Prompt], step: int) -> list[Group]:
+        """The saved groups of this step; the prompts given are not used."""
+        return read_rollout(find_rollout(self.path, step))
+
+    def grade(self, groups: list[Group]) -> None:
+        """They were graded when they were saved."""
+
+    def make_room(self) -> None:
+        """Nothing is in the way."""
+
+    def use_weights(self, actors, version: int) -> None:
+        """Nobody samples."""

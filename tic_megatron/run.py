@@ -1,0 +1,175 @@
+"""What a training run holds open, from the cluster to the log files; and how it starts, saves and ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.actors.group import ActorGroup
+from tic_megatron.checkpoints import Checkpoints, RunState, load_state
+from tic_megatron.cluster import Cluster, start_cluster
+from tic_megatron.commands.preflight import TrainInputs
+from tic_megatron.config import Settings
+from tic_megatron.data.prompts import PromptCursor
+from tic_megatron.evaluation import eval_name, evaluate_greedy
+from tic_megatron.observability.metrics import MetricsLogger
+from tic_megatron.observability.plots import plot_curves
+from tic_megatron.observability.progress import ProgressDisplay
+from tic_megatron.observability.rollouts import rollout_path, write_rollout
+from tic_megatron.observability.summary import write_summary
+from tic_megatron.observability.timers import PhaseTimers
+from tic_megatron.rewards import RewardWorkers
+from tic_megatron.rollout.engines import EngineGroup
+from tic_megatron.rollout.source import ReplayedRollouts, RolloutSource, SampledRollouts
+from tic_megatron.trajectory import Group
+
+
+class Run:
+    """A context: everything is started on entering (continuing from a checkpoint if there is one) and stopped on leaving."""
+
+    def __init__(self, settings: Settings, inputs: TrainInputs):
+        self.settings = settings
+        self.inputs = inputs
+        self.dir = Path(settings.run.dir)
+        self.checkpoints = Checkpoints(self.dir, settings.trainer.keep_checkpoints)
+        self.state = RunState()
+        self.timers = PhaseTimers()
+        self.accuracy: float | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Run:
+        self._started = time.monotonic()
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._stack.close()
+
+    def _open(self) -> None:
+        settings, log_dir = self.settings, self.dir / "logs"
+        checkpoint = self.checkpoints.find(settings.run.resume)
+        self.state = load_state(checkpoint) if checkpoint else RunState()
+        self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)
+        if self.state.cursor:
+            self.cursor.load_state_dict(self.state.cursor)
+        self.logger = MetricsLogger(self.dir, settings.logging, settings.run.name, asdict(settings))
+        self._stack.callback(self.logger.close)
+        self.logger.truncate_after(self.state.step)
+        self.progress = self._stack.enter_context(
+            ProgressDisplay(settings.trainer.steps, start_step=self.state.step, title=settings.run.name)
+        )
+        if checkpoint:
+            self.progress.note(f"continuing from {checkpoint}")
+        self.progress.phase("starting Ray, actors and engines")
+        cluster = self._stack.enter_context(start_cluster(settings))
+        self.actors = ActorGroup.start(settings, cluster, log_dir=log_dir)
+        self._stack.callback(self.actors.stop)
+        self.rollouts = self._start_rollouts(cluster)
+        self.actors.setup(str(self.inputs.model_dir))
+        if checkpoint:
+            self.actors.load_checkpoint(checkpoint / "actors")
+        self.rollouts.use_weights(self.actors, version=self.state.step)
+
+    def _start_rollouts(self, cluster: Cluster) -> RolloutSource:
+        """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""
+        if self.settings.rollout.replay:
+            return ReplayedRollouts(self.settings)
+        rewards = RewardWorkers(self.settings.reward)
+        self._stack.callback(rewards.close)
+        engines = EngineGroup.start(
+            self.settings,
+            model_path=str(self.inputs.model_dir),
+            device=cluster.device,
+            log_dir=self.dir / "logs",
+            gpu_ids=self._engine_gpus(),
+        )
+        self._stack.callback(engines.stop)
+        engines.ready()
+        engines.init_weight_transfer({"packed": True} if cluster.device == "cuda" else {})
+        rollouts = SampledRollouts(self.settings, engines, rewards)
+        rollouts.make_room()
+        return rollouts
+
+    def _engine_gpus(self) -> list[list[int]] | None:
+        size = self.settings.rollout.tensor_parallel_size
+        gpus = self.actors.gpu_ids
+        return [gpus[i : i + size] for i in range(0, self.settings.rollout.engines * size, size)] if gpus else None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Greedy accuracy on the held-out problems, if there are any and this step is due (0 is before the first step)."""
+        trainer, prompts = self.settings.trainer, self.inputs.eval_prompts
+        due = step in (0, trainer.steps) or (trainer.eval_every > 0 and step % trainer.eval_every == 0)
+        if not due or not prompts or not isinstance(self.rollouts, SampledRollouts):
+            return {}
+        self.progress.phase("evaluate")
+        result = evaluate_greedy(
+            self.rollouts.engines,
+            prompts,
+            self.rollouts.rewards,
+            name=eval_name(self.settings.data.eval),
+            max_tokens=self.settings.rollout.max_response_tokens,
+        )
+        self.accuracy = result.accuracy
+        if step == 0:
+            self.state.accuracy_before = result.accuracy
+            self.progress.accuracy(result.accuracy)
+        return result.metrics()
+
+    def record(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
+        """A step is done: log it, save what is due."""
+        trainer, rollout = self.settings.trainer, self.settings.rollout
+        self.logger.log(step, metrics)
+        self.progress.update(step, metrics)
+        if rollout.save_every and step % rollout.save_every == 0:
+            write_rollout(rollout_path(self.dir, step), step, groups)
+        self.state.step, self.state.cursor = step, self.cursor.state_dict()
+        if step == trainer.steps or (trainer.save_every and step % trainer.save_every == 0):
+            self.progress.phase("save")
+            self.state.wall_s += self._lap()
+            self.checkpoints.save(self.state, self.actors.save_checkpoint)
+
+    def finish(self) -> dict[str, Any]:
+        """Export the model, draw the curves, write and return the summary."""
+        self.progress.phase("export")
+        self._export_hf()
+        plot_curves(self.dir)
+        summary = {
+            "accuracy_before": self.state.accuracy_before,
+            "accuracy_after": self.accuracy,
+            "steps": self.state.step,
+            "wall_s": round(self.state.wall_s + self._lap(), 1),
+            "run_dir": str(self.dir),
+        }
+        write_summary(self.dir, summary)
+        return summary
+
+    def _export_hf(self) -> None:
+        """`hf/`: safetensors with an index, configuration and tokenizer, loadable with plain transformers."""
+        target, unfinished = self.dir / "hf", self.dir / ".hf.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        weight_map = self.actors.save_hf(unfinished)
+        index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+        (unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        self.inputs.hf_config.save_pretrained(unfinished)
+        self.inputs.tokenizer.save_pretrained(unfinished)
+        generation_config = self.inputs.model_dir / "generation_config.json"
+        if generation_config.exists():
+            shutil.copy(generation_config, unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        elapsed, self._started = now - self._started, now
+        return elapsed

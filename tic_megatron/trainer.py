@@ -1,0 +1,87 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tic_megatron.algorithms import group_advantages
+from tic_megatron.commands.preflight import TrainInputs
+from tic_megatron.config import Settings
+from tic_megatron.data.packing import has_equal_rewards, pack_rollout
+from tic_megatron.run import Run
+from tic_megatron.trajectory import Group
+
+
+def train(settings: Settings, inputs: TrainInputs) -> dict[str, Any]:
+    """Train from start (or checkpoint) to end; returns the summary that is also written to `summary.json`."""
+    with Run(settings, inputs) as run:
+        if run.state.step == 0:
+            run.evaluate(0)
+        for step in range(run.state.step + 1, settings.trainer.steps + 1):
+            groups, metrics = train_step(run, step)
+            run.record(step, groups, metrics | run.evaluate(step))
+        return run.finish()
+
+
+def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
+    """One rollout and K optimizer updates on it; then pi_old <- pi."""
+    settings, timed = run.settings, run.timers
+    timed.reset()
+    with timed("step"):
+        prompts = run.cursor.next(settings.trainer.prompts_per_step)
+        with timed("generate"):
+            run.progress.phase("generate")
+            groups = run.rollouts.sample(prompts, step)
+        with timed("reward"):
+            run.rollouts.grade(groups)
+            set_advantages(groups, normalize_std=settings.algorithm.normalize_std)
+        with timed("old_logprob"):
+            run.progress.phase("train")
+            run.rollouts.make_room()
+            # Packed once: old log-probs and updates see the same micro-batches, so their rounding cancels.
+            run.actors.load_rollout(
+                pack_rollout(
+                    groups,
+                    settings.trainer.updates_per_step,
+                    settings.data_parallel_size,
+                    settings.actor.max_tokens_per_microbatch,
+                )
+            )
+            run.actors.old_logprobs(check_noise=noise_check_due(settings, step))
+        with timed("update"):
+            metrics = run.actors.update()
+        with timed("weight_sync"):
+            run.rollouts.use_weights(run.actors, version=step)
+    n_tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
+    speed = {"throughput/tokens_per_s": n_tokens / timed.seconds("step")}
+    return groups, rollout_metrics(groups) | metrics | timed.metrics() | speed
+
+
+def set_advantages(groups: list[Group], *, normalize_std: bool) -> None:
+    """Group-relative advantages from the rewards, in place."""
+    rewards = torch.tensor([[t.reward for t in group.trajectories] for group in groups], dtype=torch.float64)
+    advantages = group_advantages(rewards, normalize_std=normalize_std)
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        for trajectory, advantage in zip(group.trajectories, row, strict=True):
+            trajectory.advantage = advantage
+
+
+def noise_check_due(settings: Settings, step: int) -> bool:
+    """Whether `policy/log_ratio_abs_max_first` is measured: in step 1 and every `trainer.noise_check_every` steps."""
+    every = settings.trainer.noise_check_every
+    return every > 0 and (step - 1) % every == 0
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """`reward/*`, `response/*` and `rollout/*` of a graded rollout."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    n = len(trajectories)
+    return {
+        "reward/mean": sum(t.reward for t in trajectories) / n,
+        "reward/zero_advantage_fraction": sum(has_equal_rewards(group) for group in groups) / len(groups),
+        "response/length_mean": sum(t.response_length for t in trajectories) / n,
+        "response/truncated_fraction": sum(t.truncated for t in trajectories) / n,
+        "rollout/weight_version_min": float(min(t.weight_version for t in trajectories)),
+    }
