@@ -47,7 +47,7 @@ def make_tiny_qwen3(
     layers: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
-    head_dim: int = 16,
+    head_dim: int = 32,
     max_position_embeddings: int = 1024,
     initializer_range: float = 0.2,
     dtype: torch.dtype = torch.float32,
@@ -55,7 +55,8 @@ def make_tiny_qwen3(
     """Write a randomly initialized `Qwen3ForCausalLM` and its tokenizer to `directory`, in Hugging Face format.
 
     The same arguments give the same bytes. The weights are large (`initializer_range`) and the norms' weights random, so that
-    log-probs are far from uniform and a missing or swapped tensor shows up in them. Returns `directory`.
+    log-probs are far from uniform and a missing or swapped tensor shows up in them. vLLM's CPU attention needs a `head_dim`
+    that is a multiple of 32. Returns `directory`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -85,3 +86,11 @@ def make_tiny_qwen3(
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(dtype).save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def response_logprobs(model: Qwen3ForCausalLM, prompt_ids: list[int], response_ids: list[int], temperature: float) -> list[float]:
+    """Log-probs that transformers gives the response's tokens, at a sampling temperature: the reference for everything else."""
+    logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(response_ids)[:, None])[:, 0].tolist()

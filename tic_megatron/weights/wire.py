@@ -14,6 +14,7 @@ buffer and refills it for every bucket, so a receiver copies what it wants to ke
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -135,21 +136,18 @@ class SharedMemoryBuffer:
     @classmethod
     def create(cls, nbytes: int) -> SharedMemoryBuffer:
         """Allocate `nbytes` under a new name. Raises OSError if the machine's shared memory cannot hold them."""
+        disk = os.statvfs(_SHARED_MEMORY_DIR)
+        if nbytes > (available := disk.f_bavail * disk.f_frsize):
+            raise OSError(
+                errno.ENOSPC,
+                f"{nbytes / 2**20:.0f} MiB of shared memory for the weight transfer do not fit: {_SHARED_MEMORY_DIR} has "
+                f"{available / 2**20:.0f} MiB left; lower rollout.weight_bucket_mib, or enlarge it "
+                "(in a container: --shm-size or --ipc=host)",
+            )
         segment = SharedMemory(create=True, size=nbytes)
         segment.close()  # only its own mapping: the segment lives until `unlink`
-        try:
-            # Reserve the pages now: a full /dev/shm would otherwise be a SIGBUS at the first write.
-            with (_SHARED_MEMORY_DIR / segment.name).open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError as error:
-            segment.unlink()
-            free = os.statvfs(_SHARED_MEMORY_DIR)
-            raise OSError(
-                error.errno,
-                f"{nbytes / 2**20:.0f} MiB of shared memory for the weight transfer do not fit: {_SHARED_MEMORY_DIR} has "
-                f"{free.f_bavail * free.f_frsize / 2**20:.0f} MiB left; lower rollout.weight_bucket_mib, or enlarge it "
-                "(in a container: --shm-size or --ipc=host)",
-            ) from error
+        with (_SHARED_MEMORY_DIR / segment.name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # now; a full /dev/shm would otherwise be a SIGBUS at the first write
         return cls(segment.name, nbytes, segment)
 
     @classmethod

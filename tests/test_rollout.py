@@ -1,0 +1,192 @@
+"""Rollouts with real vLLM engines under Ray, against plain transformers."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.models import make_tiny_qwen3, response_logprobs
+from tic_megatron.config import Settings
+from tic_megatron.rollout.engines import EngineError, EngineGroup
+from tic_megatron.rollout.requests import stable_seed
+from tic_megatron.trajectory import Prompt
+
+MAX_PROMPT, MAX_RESPONSE = 320, 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=1, tie_word_embeddings=True, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return AutoModelForCausalLM.from_pretrained(model_dir).eval()
+
+
+def start(model_dir, log_dir, *, engines=1, tp_size=1):
+    settings = Settings()
+    settings.rollout.engines = engines
+    settings.rollout.tensor_parallel_size = tp_size
+    settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens = MAX_PROMPT, MAX_RESPONSE
+    return EngineGroup.start(settings, model_path=str(model_dir), device="cpu", log_dir=log_dir)
+
+
+@pytest.fixture(scope="module")
+def engines(model_dir, tmp_path_factory):
+    """Two engines."""
+    group = start(model_dir, tmp_path_factory.mktemp("logs"), engines=2)
+    group.ready()
+    yield group
+    group.stop()
+
+
+def make_prompts(count, seed=0):
+    """Prompts of 3 to 320 tokens; together far more than one step's prefill budget."""
+    draw = random.Random(seed)
+    lengths = [3, MAX_PROMPT, *(draw.randint(3, MAX_PROMPT) for _ in range(count - 2))]
+    return [Prompt(f"p{i}", "", "", tuple(draw.randrange(3, 300) for _ in range(n))) for i, n in enumerate(lengths)]
+
+
+def generate(group, prompts, **overrides):
+    arguments = {"group_size": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": MAX_RESPONSE, "seed": 7}
+    return group.generate(prompts, **(arguments | overrides))
+
+
+def sampled_ids(groups):
+    return [[t.response_ids for t in group.trajectories] for group in groups]
+
+
+def largest_error(groups, model, temperature):
+    errors = []
+    for trajectory in (t for group in groups for t in group.trajectories):
+        expected = response_logprobs(model, trajectory.prompt.token_ids, trajectory.response_ids, temperature)
+        assert len(expected) == len(trajectory.inference_logprobs)
+        errors += [abs(a - b) for a, b in zip(expected, trajectory.inference_logprobs, strict=True)]
+    return max(errors)
+
+
+def wait_until_gone(pids, timeout_s=20):
+    end = time.monotonic() + timeout_s
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_driver_imports_neither_vllm_nor_megatron():
+    code = "import sys, tic_megatron.rollout.engines; sys.exit(any(name in sys.modules for name in ('vllm', 'megatron')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_seeds_do_not_depend_on_the_process():
+    assert stable_seed(0, 1, "a") == 4077929011503201625
+    assert len({stable_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert stable_seed(1, 23) != stable_seed(12, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_equal_transformers(engines, model, temperature):
+    """Every sampled token's log-prob, the stop token's included, at the sampling temperature."""
+    groups = generate(engines, make_prompts(24), temperature=temperature)
+    stop = model.config.eos_token_id
+    trajectories = [t for group in groups for t in group.trajectories]
+    stopped = [t for t in trajectories if not t.truncated]
+    assert stopped, "no response ended by itself: the test needs one"
+    assert all(t.response_ids[-1] == stop for t in stopped)
+    for t in trajectories:
+        assert stop not in t.response_ids[:-1]
+        assert t.truncated == (t.response_ids[-1] != stop)
+        assert len(t.response_ids) == MAX_RESPONSE or not t.truncated
+        assert t.response_mask == [1] * len(t.response_ids)
+        assert t.weight_version == 0
+    assert largest_error(groups, model, temperature) < 1e-5
+
+
+def test_text_and_order(engines, model_dir):
+    prompts = make_prompts(5)
+    groups = generate(engines, prompts)
+    assert [group.prompt for group in groups] == prompts
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    for group in groups:
+        assert len(group.trajectories) == 4
+        for t in group.trajectories:
+            assert t.prompt is group.prompt
+            assert t.text == tokenizer.decode(t.response_ids, skip_special_tokens=True)
+
+
+def test_samples_depend_on_the_seed_only(engines):
+    prompts = make_prompts(9)
+    first = sampled_ids(generate(engines, prompts))
+    assert sampled_ids(generate(engines, prompts)) == first
+    assert sampled_ids(generate(engines, prompts[:3])) == first[:3]
+    other = sampled_ids(generate(engines, prompts, seed=8))
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert all(len({tuple(ids) for ids in group}) == 4 for group in first)
+    # The same prompt twice in a rollout: different samples.
+    twice = sampled_ids(generate(engines, [prompts[1], prompts[1]]))
+    assert twice[0] != twice[1]
+
+
+def test_two_engines_give_what_one_gives(engines):
+    one = EngineGroup(engines.workers[:1], engines.log_files[:1], 1, engines._tokenizer)
+    for count in (2, 7):
+        prompts = make_prompts(count)
+        assert sampled_ids(generate(one, prompts)) == sampled_ids(generate(engines, prompts))
+    assert generate(engines, []) == []
+
+
+def test_greedy_equals_transformers(engines, model):
+    prompts = make_prompts(6, seed=3)
+    groups = generate(engines, prompts, group_size=1, temperature=0.0)
+    for group in groups:
+        ids = torch.tensor([group.prompt.token_ids])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_RESPONSE, do_sample=False)
+        assert group.trajectories[0].response_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_errors_name_the_engine_and_its_log(engines):
+    too_long = Prompt("long", "", "", tuple([5] * (MAX_PROMPT + MAX_RESPONSE + 1)))
+    with pytest.raises(EngineError, match=r"engine 1 failed in generate: .*engine_1\.log"):
+        generate(engines, [*make_prompts(2)[:1], too_long])
+    assert generate(engines, make_prompts(2))  # it goes on
+
+
+def test_libraries_print_to_the_log(engines):
+    for log_file in engines.log_files:
+        assert "vllm" in Path(log_file).read_text().lower()
+
+
+def test_stop_leaves_no_process(engines):
+    pids = engines.ready()
+    assert os.getpid() not in pids and len(set(pids)) == 2
+    engines.stop()
+    assert wait_until_gone(pids) == []
+
+
+@pytest.mark.slow  # three processes import vLLM, two of them after the first
+def test_tensor_parallel_engine(model_dir, model, tmp_path):
+    """TP 2: the same log-probs, and none of its processes stays."""
+    group = start(model_dir, tmp_path, tp_size=2)
+    (pid,) = group.ready()
+    pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    assert len(pids) >= 3
+    assert largest_error(generate(group, make_prompts(4)), model, 1.0) < 1e-5
+    group.stop()
+    assert wait_until_gone(pids) == []

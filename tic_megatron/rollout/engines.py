@@ -1,0 +1,206 @@
+"""The engines as one thing: the driver's side, which asks and never imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tic_megatron.config import Settings
+from tic_megatron.rollout.engine import EngineOptions, EngineWorker
+from tic_megatron.rollout.requests import SampleRequest, SampleResponse, stable_seed
+from tic_megatron.trajectory import Group, Prompt, Trajectory
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+STOP_TIMEOUT_S = 20.0
+"""Seconds that an engine has to end itself before it is killed."""
+
+
+class EngineError(RuntimeError):
+    """An engine failed or died: which one, in what, and where its log lies."""
+
+
+class EngineGroup:
+    """All engines of a run, each a Ray actor that holds the whole model.
+
+        engines = EngineGroup.start(settings, model_path=..., device="cpu", log_dir=run_dir / "logs")
+        engines.ready()
+        groups = engines.generate(prompts, group_size=8, temperature=1.0, top_p=1.0, max_tokens=1024,
+                                  seed=stable_seed(run_seed, step))
+
+    Attributes:
+        workers: actor handles, for a sender that talks to the engines itself.
+        log_files: the engines' logs, in the same order.
+    """
+
+    def __init__(
+        self, workers: list[ActorHandle], log_files: list[str], tp_size: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.workers = workers
+        self.log_files = log_files
+        self._tp_size = tp_size
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def start(
+        cls,
+        settings: Settings,
+        *,
+        model_path: str,
+        device: str,
+        log_dir: str | Path,
+        gpu_ids: Sequence[Sequence[int]] | None = None,
+    ) -> EngineGroup:
+        """Start `settings.rollout.engines` engines and return at once; `ready` waits for them.
+
+        Args:
+            device: `cpu` or `cuda`.
+            log_dir: folder for `engine_<n>.log`.
+            gpu_ids: per engine, the GPUs that it uses, in the order of its tensor-parallel ranks; for `cuda`.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        log_files = [str(Path(log_dir).absolute() / f"engine_{index}.log") for index in range(settings.rollout.engines)]
+        workers = []
+        for index, log_file in enumerate(log_files):
+            # No GPUs of Ray's: the engine shares those of its actors, which have them already.
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpu_ids[index]))} if gpu_ids else {}
+            actor = ray.remote(EngineWorker).options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": visible})
+            workers.append(actor.remote(_options(settings, model_path, device, log_file)))
+        return cls(workers, log_files, settings.rollout.tensor_parallel_size, tokenizer)
+
+    def ready(self) -> list[int]:
+        """Wait until every engine has loaded the model; their process ids. Raises EngineError."""
+        return self._call("ready")
+
+    def generate(
+        self, prompts: list[Prompt], *, group_size: int, temperature: float, top_p: float, max_tokens: int, seed: int
+    ) -> list[Group]:
+        """Sample `group_size` responses to every prompt; groups in the order of the prompts.
+
+        A prompt's samples depend on the weights, the arguments and its place in `prompts`, not on the number of engines.
+        Temperature 0 is greedy, with `group_size` 1.
+        """
+        requests = [
+            SampleRequest(prompt.token_ids, group_size, temperature, top_p, max_tokens, stable_seed(seed, index))
+            for index, prompt in enumerate(prompts)
+        ]
+        return self._groups(prompts, self._sample(requests))
+
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Once, before the first update; see `EngineWorker.init_weight_transfer`."""
+        self._call("init_weight_transfer", init_info)
+
+    def start_weight_update(self) -> None:
+        """Begin an update on every engine."""
+        self._call("start_weight_update")
+
+    def update_weights(self, payload: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Have every engine load one bucket; when this returns, the bucket may be refilled.
+
+        Args:
+            payload: one for all, or one per process: engine 0's tensor-parallel ranks, then engine 1's, and so on.
+        """
+        if isinstance(payload, dict):
+            self._call("update_weights", payload)
+        else:
+            size = self._tp_size
+            self._call_each("update_weights", [payload[start : start + size] for start in range(0, len(payload), size)])
+
+    def finish_weight_update(self, version: int) -> None:
+        """Put the new weights to use everywhere, as `version`."""
+        self._call("finish_weight_update", version)
+
+    def weight_versions(self) -> list[int]:
+        """Version of the weights that each engine uses."""
+        return self._call("weight_version")
+
+    def received_hashes(self) -> list[dict[str, str]]:
+        """Per engine, the hashes of the tensors of the last update."""
+        return self._call("received_hashes")
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Per engine, the checksums of its tensors as the engine holds them."""
+        return self._call("checksums")
+
+    def sleep(self, level: int = 2) -> None:
+        """Free the GPUs' memory; nothing on CPUs."""
+        self._call("sleep", level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory for `tags` back; nothing on CPUs."""
+        self._call("wake_up", tags)
+
+    def stop(self) -> None:
+        """End all engines and their processes, also those that hang or have died."""
+        endings = [worker.shutdown.remote() for worker in self.workers]
+        ray.wait(endings, num_returns=len(endings), timeout=STOP_TIMEOUT_S)
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def _sample(self, requests: list[SampleRequest]) -> list[SampleResponse]:
+        """Deal the requests out to the engines and collect the answers, in the requests' order."""
+        used = min(len(self.workers), len(requests))
+        answers = self._call_each("generate", [requests[start::used] for start in range(used)])
+        return [answers[index % used][index // used] for index in range(len(requests))]
+
+    def _groups(self, prompts: list[Prompt], responses: list[SampleResponse]) -> list[Group]:
+        ids = [sample.token_ids for response in responses for sample in response.samples]
+        texts = iter(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return [
+            Group(
+                prompt,
+                [
+                    Trajectory(
+                        prompt=prompt,
+                        response_ids=sample.token_ids,
+                        inference_logprobs=sample.logprobs,
+                        response_mask=[1] * len(sample.token_ids),
+                        text=next(texts),
+                        truncated=sample.truncated,
+                        weight_version=response.weight_version,
+                    )
+                    for sample in response.samples
+                ],
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return self._wait(method, [getattr(worker, method).remote(*arguments) for worker in self.workers])
+
+    def _call_each(self, method: str, arguments: list[Any]) -> list[Any]:
+        """Call the first engines with one argument each, as many as there are arguments."""
+        return self._wait(method, [getattr(w, method).remote(a) for w, a in zip(self.workers, arguments, strict=False)])
+
+    def _wait(self, method: str, calls: list[ray.ObjectRef]) -> list[Any]:
+        results = []
+        for index, call in enumerate(calls):
+            try:
+                results.append(ray.get(call))
+            except ray.exceptions.RayError as error:
+                cause = str(error).strip().splitlines()[-1]
+                raise EngineError(f"engine {index} failed in {method}: {cause} (its log: {self.log_files[index]})") from error
+        return results
+
+
+def _options(settings: Settings, model_path: str, device: str, log_file: str) -> EngineOptions:
+    rollout = settings.rollout
+    precision = settings.actor.precision if rollout.precision == "auto" else rollout.precision
+    return EngineOptions(
+        model_path=model_path,
+        device=device,
+        dtype=DTYPES[precision],
+        max_model_len=settings.max_sequence_tokens,
+        log_file=log_file,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        seed=settings.run.seed,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
+        threads=rollout.threads,
+    )
