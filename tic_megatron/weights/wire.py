@@ -4,12 +4,11 @@ An update is a sequence of *buckets*. A bucket is a flat run of bytes that holds
 Hugging Face model, and a *handle* that tells a process on the same machine how to reach those bytes. The sender owns one
 buffer and refills it for every bucket, so a receiver copies what it wants to keep before it answers.
 
-    layouts = plan_buckets([("lm_head.weight", torch.float32, (320, 64))], max_bytes=2**28)
-    buffer = SharedMemoryBuffer.create(max(layout.nbytes for layout in layouts))
-    for layout in layouts:
-        for tensor in layout.tensors:
-            buffer.as_tensor(tensor).copy_(...)
-        payload = layout.bucket(buffer.handle).to_payload()      # a plain dict, for `update_weights`
+    layout = layout_bucket([("model.norm.weight", torch.float32, (64,)), ("lm_head.weight", torch.float32, (320, 64))])
+    buffer = SharedMemoryBuffer.create(layout.nbytes)
+    for tensor in layout.tensors:
+        buffer.as_tensor(tensor).copy_(...)
+    payload = layout.bucket(buffer.handle).to_payload()      # a plain dict, for `update_weights`
 """
 
 from __future__ import annotations
@@ -99,22 +98,6 @@ def layout_bucket(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
         tensors.append(tensor)
         end = tensor.offset + tensor.nbytes
     return BucketLayout(tuple(tensors), _aligned(end))
-
-
-def plan_buckets(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], *, max_bytes: int) -> list[BucketLayout]:
-    """Split the tensors `(name, dtype, shape)` into buckets of at most `max_bytes`, in the given order.
-
-    A tensor never spans buckets; one that is larger than `max_bytes` gets a bucket of its own, which then exceeds it.
-    """
-    buckets, current, size = [], [], 0
-    for name, dtype, shape in specs:
-        nbytes = _aligned(math.prod(shape) * dtype.itemsize)
-        if current and size + nbytes > max_bytes:
-            buckets.append(layout_bucket(current))
-            current, size = [], 0
-        current.append((name, dtype, shape))
-        size += nbytes
-    return [*buckets, layout_bucket(current)] if current else buckets
 
 
 class SharedMemoryBuffer:

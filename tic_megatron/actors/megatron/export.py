@@ -54,8 +54,11 @@ class WeightExporter:
             return self.buffer.payload(bucket.layout)
         if not self._takes_part(bucket):
             return None
+        if self.buffer is None:
+            self._gather(bucket, place=None)
+            return None
         self._gather(bucket, self.buffer.view)
-        return self.buffer.payload(bucket.layout) if self.tp_group.rank() == 0 else None
+        return self.buffer.payload(bucket.layout)
 
     def save(self, directory: Path) -> dict[str, str]:
         """Write this rank's buckets as safetensors files; returns their `{tensor name: file name}`."""
@@ -92,8 +95,8 @@ class WeightExporter:
             return None
         return SharedMemorySendBuffer(max(b.layout.nbytes for b in self.plan if b.stage == self.stage))
 
-    def _gather(self, bucket: ExportBucket, place: Callable[[WireTensor], Tensor]) -> None:
-        """Bring a bucket's slices to the stage's first TP rank, in one collective, and put them in their places."""
+    def _gather(self, bucket: ExportBucket, place: Callable[[WireTensor], Tensor] | None) -> None:
+        """Bring a bucket's slices to the stage's first TP rank, in one collective, and put them in their places there."""
         slices = self._local_slices(bucket)
         flat = torch.cat([s.reshape(-1) for s in slices])
         gathered = None
