@@ -209,6 +209,9 @@ def test_stuck_graders_are_killed_and_the_others_go_on(workers: RewardWorkers) -
     assert time.perf_counter() - start < 20  # 1 s each, and new workers on a busy machine
     assert workers.grade([("46", "46")] * 10)[0] == [1.0] * 10
     assert len(_worker_pids()) == 2
+    for pid in _worker_pids():
+        limits = (Path("/proc") / str(pid) / "limits").read_text()
+        assert re.search(rf"Max address space +{4 << 30} ", limits)
 
 
 def test_a_worker_that_dies_idle_is_replaced(workers: RewardWorkers) -> None:

@@ -140,7 +140,7 @@ class RewardWorkers:
             job.report.failed += 1
         elif worker.task is not None:
             job.crashed.add(worker.task)
-            pass
+            job.queue.append(worker.task)
         self._failed_starts += worker.starting
         logger.warning("a grader %s and was replaced", "overran its time limit" if worker.alive else "died")
         worker.kill()
