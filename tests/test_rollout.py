@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -173,9 +174,12 @@ def test_libraries_print_to_the_log(engines):
         assert "vllm" in Path(log_file).read_text().lower()
 
 
-def test_stop_leaves_no_process(engines):
+def test_dead_engine_is_named_and_stop_leaves_no_process(engines):
     pids = engines.ready()
     assert os.getpid() not in pids and len(set(pids)) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"engine 1 .* generate: .*(died|dead).*engine_1\.log"):
+        generate(engines, make_prompts(4))
     engines.stop()
     assert wait_until_gone(pids) == []
 
