@@ -271,6 +271,12 @@ def test_curves(tmp_path: Path, steps: int) -> None:
             assert drawn > 8 or (steps < 10 and (row, column) == (0, 1)), (row, column, drawn)
 
 
+def test_curves_show_the_accuracy_before_training(tmp_path: Path) -> None:
+    _synthetic_run(tmp_path, 10)  # one evaluation, at step 10
+    without = plot_curves(tmp_path).read_bytes()
+    assert plot_curves(tmp_path, accuracy_before=0.25).read_bytes() != without
+
+
 def test_curves_without_metrics(tmp_path: Path) -> None:
     assert plot_curves(tmp_path) is None
     MetricsLogger(tmp_path, ONLY_JSONL, "run", {}).log(1, {"something/else": 1.0})

@@ -25,15 +25,18 @@ _PHASES = {
 }
 
 
-def plot_curves(run_dir: Path | str) -> Path | None:
+def plot_curves(run_dir: Path | str, accuracy_before: float | None = None) -> Path | None:
     """Draw the run's `metrics.jsonl` to `curves.png` and return its path; None when there are no metrics yet.
 
-    Missing metrics leave their panel empty, with a remark.
+    `accuracy_before`, measured before step 1 and so in no row, is the first point of the (first) accuracy curve. Missing
+    metrics leave their panel empty, with a remark.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
         return None
+    if accuracy_before is not None:
+        rows = [{"step": 0, name: accuracy_before} for name in _accuracy_names(rows)[:1]] + rows
     # The object-oriented interface: pyplot would load a GUI backend and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -90,8 +93,7 @@ def _reward(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_title("Held-out accuracy (greedy)")
-    names = sorted({name for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy")})
-    for name, color in zip(names, (_GREEN, _BLUE, _ORANGE, _RED, _PURPLE), strict=False):
+    for name, color in zip(_accuracy_names(rows), (_GREEN, _BLUE, _ORANGE, _RED, _PURPLE), strict=False):
         _line(axes, rows, name, color=color, label=name.split("/")[1], smooth=False)
         steps, values = _series(rows, name)
         if values:
@@ -99,6 +101,10 @@ def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:
         if len(values) > 1:
             axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(4, 6), textcoords="offset points", ha="right")
     axes.set_ylim(0, 1)
+
+
+def _accuracy_names(rows: Sequence[Row]) -> list[str]:
+    return sorted({name for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy")})
 
 
 def _log_ratio(axes: Axes, rows: Sequence[Row]) -> None:
