@@ -131,7 +131,13 @@ class _WeightsAndBiases:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
-            project=project, name=run_name, config=config, dir=str(run_dir), id=id_file.read_text().strip(), resume="allow"
+            project=project,
+            name=run_name,
+            config=config,
+            dir=str(run_dir),
+            id=id_file.read_text().strip(),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),  # it would print into the progress display, and record it
         )
         # Our own step as the x axis: wandb's counter can't go back, so steps repeated after a resume would be dropped.
         self._run.define_metric("*", step_metric="step")
