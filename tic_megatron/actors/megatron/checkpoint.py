@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from tic_megatron.actors.megatron.backend import MegatronBackend
 
@@ -31,20 +32,31 @@ def save(backend: MegatronBackend, directory: Path) -> None:
 def load(backend: MegatronBackend, directory: Path) -> None:
     """Read this rank's part; a collective of all ranks."""
     backend.updates_done = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["updates_done"]
-    inner = [optimizer.optimizer for optimizer in _optimizers(backend)]
-    if hasattr(backend.optimizer.chained_optimizers[0], "_init_optimizer_states_with_dummy_values"):
-        for optimizer in _optimizers(backend):
+    for optimizer in _optimizers(backend):
+        if isinstance(optimizer, DistributedOptimizer):
             optimizer._init_optimizer_states_with_dummy_values()
-    for optimizer in inner:
-        for state in optimizer.state.values():
-            state.pop("step", None)
+            _load_all_but_step(optimizer)
     loaded = dist_checkpointing.load(_sharded_state(backend, is_loading=True), str(directory))
     backend.model.module.load_state_dict(loaded["model"])
     backend.optimizer.load_state_dict(loaded["optimizer"])
-    for optimizer in inner:
-        for state in optimizer.state.values():
-            # One tensor per parameter: torch's AdamW counts it up in place, and a shared one would count every parameter.
-            state["step"] = torch.tensor(float(backend.updates_done))
+    for optimizer in _optimizers(backend):
+        for state in optimizer.optimizer.state.values():
+            if "step" in state:
+                # One tensor per parameter: torch's AdamW counts it up in place, and a shared one would count them all.
+                state["step"] = torch.tensor(float(backend.updates_done))
+
+
+def _load_all_but_step(optimizer: DistributedOptimizer) -> None:
+    """Checkpoints hold AdamW's step once, not per parameter, but Megatron looks for it beside each parameter's moments."""
+    copy_states = optimizer._set_main_param_and_optimizer_states
+
+    def copy_states_but_step(model_param, tensors) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main_param = optimizer.optimizer.param_groups[group]["params"][order]
+        own = {key: value for key, value in optimizer.optimizer.state[main_param].items() if key == "step"}
+        copy_states(model_param, own | tensors)
+
+    optimizer._set_main_param_and_optimizer_states = copy_states_but_step
 
 
 def _optimizers(backend: MegatronBackend) -> list:
