@@ -113,6 +113,7 @@ class PolicyStep:
         self.backend = backend
         self.settings = settings
         self.objective = OBJECTIVES[settings.algorithm.objective]
+        self.clip_range = self.objective.clip_range(settings.algorithm.eps_low, settings.algorithm.eps_high)
 
     def load(self, mini_batches: list[MiniBatch]) -> None:
         """Take this rank's share of a rollout; the packing is kept for all its passes."""
@@ -155,8 +156,7 @@ class PolicyStep:
                 inputs.segments,
                 inputs.advantages,
                 totals,
-                eps_low=self.settings.algorithm.eps_low,
-                eps_high=self.settings.algorithm.eps_high,
+                self.clip_range,
             )
             stats.value += terms.value.item()
             stats.entropy_sum += entropy.detach().double().sum().item()

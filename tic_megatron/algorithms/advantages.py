@@ -9,7 +9,7 @@ STD_FLOOR = 1e-6
 """Added to a group's standard deviation before dividing by it."""
 
 
-def group_advantages(rewards: Tensor, *, normalize_std: bool = False) -> Tensor:
+def group_advantages(rewards: Tensor, *, normalize_std: bool = False, leave_one_out: bool = False) -> Tensor:
     """A[b, g] = r[b, g] - mean of r[b, :] (the paper's group mean; no division by the standard deviation).
 
     A group whose rewards are all equal gets exactly 0, whatever the rounding of its mean.
@@ -17,6 +17,8 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = False) -> Tensor:
     Args:
         rewards: [B, G], G >= 2, any floating dtype.
         normalize_std: divide by the group's (biased) standard deviation + 1e-6.
+        leave_one_out: the baseline is the mean of the *others*, which is unbiased. It is a pure scale: the group mean's
+            advantages times 1 / (1 - 1/G).
 
     Returns:
         [B, G]
@@ -31,6 +33,8 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = False) -> Tensor:
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     centred = torch.where(equal, torch.zeros_like(centred), centred)
+    if leave_one_out:
+        centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
     if normalize_std:
         centred = centred / (rewards.std(dim=1, keepdim=True, correction=0) + STD_FLOOR)
     return centred

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +16,43 @@ from torch import Tensor
 LOG_RATIO_BOUND = 30.0
 """Where a clip leaves a ratio unbounded, its log-ratio stops here, with zero gradient beyond."""
 
-Clip = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
-"""(log_ratio, advantage, eps_low, eps_high) -> (value to maximise, whether the cap took the gradient away); all [n_units]."""
+
+@dataclass(frozen=True)
+class ClipRange:
+    """`1 - eps_low .. 1 + eps_high`, and dual clip's constant c > 1 (None: off), which two-sided clips use where A < 0."""
+
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None = None
 
 
-def up_only(log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+Clip = Callable[[Tensor, Tensor, ClipRange], tuple[Tensor, Tensor]]
+"""(log_ratio, advantage, range) -> (value to maximise, whether the clip took the gradient away); all [n_units]."""
+
+
+def up_only(log_ratio: Tensor, advantage: Tensor, clip: ClipRange) -> tuple[Tensor, Tensor]:
     """min(ratio, 1 + eps_high) * A, whatever the sign of A (TIC-GRPO's clip); eps_low is not used."""
-    bound = math.log1p(eps_high)
+    bound = math.log1p(clip.eps_high)
     return torch.exp(log_ratio.clamp(max=bound)) * advantage, log_ratio > bound
 
 
-def two_sided(log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+def two_sided(log_ratio: Tensor, advantage: Tensor, clip: ClipRange) -> tuple[Tensor, Tensor]:
     """PPO's min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A) (GRPO, Eq. 4-5).
 
-    The minimum lets the ratio grow without bound where A < 0 and shrink where A > 0; the former stops at exp(30).
+    The minimum lets the ratio grow without bound where A < 0; it stops at exp(30), or at dual clip's constant.
     """
     ratio = torch.exp(log_ratio.clamp(max=LOG_RATIO_BOUND))
-    low, high = 1.0 - eps_low, 1.0 + eps_high
-    capped = torch.where(advantage >= 0, ratio > high, ratio < low)
-    value = torch.where(capped, ratio.detach().clamp(low, high), ratio) * advantage
-    return value, capped | (log_ratio > LOG_RATIO_BOUND)
+    low, high = 1.0 - clip.eps_low, 1.0 + clip.eps_high
+    positive = advantage >= 0
+    capped = torch.where(positive, ratio > high, ratio < low)
+    value = torch.where(capped, ratio.detach().clamp(low, high), ratio)
+    bounded = log_ratio > LOG_RATIO_BOUND
+    if clip.dual_clip is not None:
+        bounded = ~positive & (ratio > clip.dual_clip)
+        value = torch.where(bounded, torch.full_like(value, clip.dual_clip), value)
+    return value * advantage, capped | bounded
+
+
+def unclipped(log_ratio: Tensor, advantage: Tensor, clip: ClipRange) -> tuple[Tensor, Tensor]:
+    """ratio * A, the ratio stopped at exp(30) only."""
+    return torch.exp(log_ratio.clamp(max=LOG_RATIO_BOUND)) * advantage, log_ratio > LOG_RATIO_BOUND

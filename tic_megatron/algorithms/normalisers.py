@@ -44,3 +44,12 @@ def token_mean(lengths: Tensor, totals: Totals) -> Tensor:
 def trajectory_mean(lengths: Tensor, totals: Totals) -> Tensor:
     """1 / N: GSPO's mean over responses."""
     return torch.full_like(lengths, 1.0 / totals.n_trajectories, dtype=torch.float64)
+
+
+NORMALISERS: dict[str, Normaliser] = {
+    "response_length": response_length,
+    "constant_length": constant_length,
+    "token_mean": token_mean,
+    "trajectory_mean": trajectory_mean,
+}
+"""By the names that `algorithm.normaliser` takes."""

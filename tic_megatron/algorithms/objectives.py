@@ -7,32 +7,53 @@ An objective is one entry of `OBJECTIVES`; nothing else knows which one runs. Ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tic_megatron.algorithms import clips, normalisers, ratios
+from tic_megatron.algorithms.clips import ClipRange
 from tic_megatron.algorithms.normalisers import Totals
 from tic_megatron.algorithms.ratios import Segments
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective to maximise: sum over units of normaliser x clip(ratio, advantage), with default clip ranges."""
+    """One objective to maximise: sum over units of normaliser x clip(ratio, advantage), with default clip ranges.
+
+    `at_old_policy`: every one of the K gradients is evaluated at theta_old, the steps applied one after another.
+    """
 
     ratio: ratios.Ratio
     clip: clips.Clip
     normaliser: normalisers.Normaliser
     eps_low: float
     eps_high: float
+    at_old_policy: bool = False
+
+    def clip_range(
+        self, eps_low: float | None = None, eps_high: float | None = None, dual_clip: float | None = None
+    ) -> ClipRange:
+        """The objective's own range, where nothing else is given."""
+        return ClipRange(self.eps_low if eps_low is None else eps_low, self.eps_high if eps_high is None else eps_high, dual_clip)
 
 
 OBJECTIVES: dict[str, Objective] = {
-    # GRPO, Eq. 4-5 of arXiv 2508.02833.
+    # Equations of arXiv 2508.02833. GRPO, Eq. 4-5.
     "grpo": Objective(ratios.TOKEN, clips.two_sided, normalisers.response_length, 0.2, 0.2),
+    # The GRPO baseline of the paper's experiments: a mean over all tokens, with a wider upper range.
+    "dapo": Objective(ratios.TOKEN, clips.two_sided, normalisers.token_mean, 0.2, 0.28),
+    # GRPO_2 (GRPO+UB_Clip), Eq. 14.
+    "grpo2": Objective(ratios.TOKEN, clips.up_only, normalisers.constant_length, 0.2, 0.28),
+    # GRPO+Traj_IS. (The paper's ablation changes its DAPO baseline: set the normaliser to token_mean for that.)
+    "traj_is": Objective(ratios.TRAJECTORY, clips.two_sided, normalisers.response_length, 0.2, 0.28),
     # TIC-GRPO, Eq. 8: (1/N) sum_i min(W_i, 1 + eps_high) A_i / T.
     "tic_grpo": Objective(ratios.TRAJECTORY, clips.up_only, normalisers.constant_length, 0.2, 0.28),
+    # GSPO (Zheng et al. 2025).
+    "gspo": Objective(ratios.SEQUENCE, clips.two_sided, normalisers.trajectory_mean, 3e-4, 4e-4),
+    # No importance sampling (Figure 1).
+    "no_is": Objective(ratios.NONE, clips.unclipped, normalisers.response_length, 0.2, 0.2, at_old_policy=True),
 }
 
 
@@ -43,13 +64,26 @@ def register_objective(name: str, objective: Objective) -> None:
     OBJECTIVES[name] = objective
 
 
+def with_dense_rewards(objective: Objective) -> Objective:
+    """The objective for rewards given at tokens instead of at the end: its trajectory ratio becomes the prefix ratio.
+
+    A reward at token t depends on the tokens up to t only, so W over those alone corrects it: the value is
+    (1/N) sum_i sum_t min(W[i, 1..t], 1 + eps) A[i, t] / T, with one advantage per token.
+
+    Raises ValueError for an objective without a trajectory ratio: it does not say what weights such a reward.
+    """
+    if objective.ratio is not ratios.TRAJECTORY:
+        raise ValueError("dense rewards are defined for objectives with the trajectory ratio only")
+    return replace(objective, ratio=ratios.PREFIX)
+
+
 @dataclass(frozen=True)
 class ObjectiveTerms:
     """Result of `objective_terms`.
 
     `value`: this rank's part of the objective, a scalar to maximise (for token-level ratios a partial sum over the ranks
     that share a sequence; for trajectory-level ones the same on each). `log_ratio`, `capped`: [n_trajectories], detached:
-    L_i, and whether the cap removed the gradient (of any of its tokens held here, for token-level ratios).
+    L_i, and whether the clip removed the gradient (of any of its tokens held here, for token-level ratios).
     """
 
     value: Tensor
@@ -64,9 +98,8 @@ def objective_terms(
     segments: Segments,
     advantages: Tensor,
     totals: Totals,
-    *,
-    eps_low: float | None = None,
-    eps_high: float | None = None,
+    clip_range: ClipRange,
+    correction: Tensor | None = None,
 ) -> ObjectiveTerms:
     """The objective over packed response tokens: what the actors differentiate.
 
@@ -75,22 +108,36 @@ def objective_terms(
         trainer_logprobs: [n_tokens] log pi_theta, with gradient.
         old_logprobs: [n_tokens] log pi_old, without.
         segments: which trajectory each token belongs to.
-        advantages: [n_trajectories].
+        advantages: [n_trajectories]; [n_tokens] with the prefix ratio.
         totals: what the mini-batch is divided by.
-        eps_low, eps_high: clip range, the objective's default when None.
+        clip_range: see `Objective.clip_range`.
+        correction: [n_units] detached weights for samples of another policy than pi_old (see `corrections`).
     """
-    eps_low = objective.eps_low if eps_low is None else eps_low
-    eps_high = objective.eps_high if eps_high is None else eps_high
     log_ratio = objective.ratio.log_ratio(trainer_logprobs, old_logprobs, segments)
     weights = objective.normaliser(segments.lengths, totals)
     if objective.ratio.per_token:
-        advantages, weights = advantages[segments.ids], weights[segments.ids]
-    clipped, capped = objective.clip(log_ratio, advantages.to(log_ratio.dtype), eps_low, eps_high)
+        weights = weights[segments.ids]
+        if objective.ratio is not ratios.PREFIX:
+            advantages = advantages[segments.ids]
+    if correction is not None:
+        weights = weights * correction
+    clipped, capped = objective.clip(log_ratio, advantages.to(log_ratio.dtype), clip_range)
     with torch.no_grad():
         trajectory_log_ratio = segments.sum(trainer_logprobs.detach() - old_logprobs)
         if objective.ratio.per_token:
             capped = torch.zeros_like(segments.lengths).index_add(0, segments.ids, capped.to(segments.lengths.dtype)) > 0
     return ObjectiveTerms((clipped.double() * weights).sum(), trajectory_log_ratio, capped)
+
+
+def token_weights(objective: Objective, segments: Segments, totals: Totals) -> Tensor:
+    """[n_tokens] weight of a token's grad log pi in the objective at theta_old, the advantage left out.
+
+    KL and entropy terms use it, so that their balance with the policy term does not depend on the objective.
+    """
+    weights = objective.normaliser(segments.lengths, totals)
+    if objective.ratio.length_mean:
+        weights = weights / segments.lengths.clamp(min=1)
+    return weights[segments.ids]
 
 
 def policy_objective(
@@ -103,6 +150,8 @@ def policy_objective(
     max_response_tokens: int,
     eps_low: float | None = None,
     eps_high: float | None = None,
+    dual_clip: float | None = None,
+    normaliser: str | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """A registered objective on padded tensors, for use without the trainer.
 
@@ -113,28 +162,30 @@ def policy_objective(
         advantages: [N].
         max_response_tokens: the constant T.
         eps_low, eps_high: clip range, the objective's default when None.
+        dual_clip: constant c > 1 that bounds the ratio where A < 0, for two-sided clips.
+        normaliser: key of `NORMALISERS` in place of the objective's own.
 
     Returns:
         (value, metrics): the scalar to MAXIMISE, a mean over the N trajectories, and `log_ratio_mean`, `log_ratio_std`,
-        `capped_fraction`, `ess`.
+        `capped_fraction`, `underflow_fraction`, `ess`.
 
     Raises:
         KeyError: unknown name.
     """
+    objective = OBJECTIVES[name]
+    if normaliser is not None:
+        objective = replace(objective, normaliser=normalisers.NORMALISERS[normaliser])
     mask = mask.bool()
     lengths = mask.sum(dim=1)
-    segments = Segments(ids=mask.nonzero()[:, 0], lengths=lengths)
-    totals = Totals(mask.shape[0], int(lengths.sum()), max_response_tokens)
     # masked_select keeps what lies outside the mask (NaN, infinities) out of value and gradient.
     terms = objective_terms(
-        OBJECTIVES[name],
+        objective,
         trainer_logprobs.masked_select(mask),
         old_logprobs.masked_select(mask),
-        segments,
+        Segments(ids=mask.nonzero()[:, 0], lengths=lengths),
         advantages,
-        totals,
-        eps_low=eps_low,
-        eps_high=eps_high,
+        Totals(mask.shape[0], int(lengths.sum()), max_response_tokens),
+        objective.clip_range(eps_low, eps_high, dual_clip),
     )
     return terms.value, ratio_metrics(terms.log_ratio, terms.capped)
 
@@ -144,7 +195,7 @@ def ratio_metrics(log_ratio: Tensor, capped: Tensor) -> dict[str, float]:
 
     Args:
         log_ratio: [n] L_i.
-        capped: [n] whether the cap removed the gradient.
+        capped: [n] whether the clip removed the gradient.
 
     Returns:
         `log_ratio_mean`, `log_ratio_std`, `capped_fraction`, `underflow_fraction` (W_i is 0 in fp32) and `ess`, the

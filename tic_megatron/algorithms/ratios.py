@@ -32,6 +32,18 @@ class Segments:
         sums = sums.index_add(0, self.ids, per_token.double())
         return sum_over_group(sums, self.group)
 
+    def running_sum(self, per_token: Tensor) -> Tensor:
+        """Sum over each trajectory's tokens so far, the token itself included, in fp64: [n_tokens] -> [n_tokens].
+
+        Tokens of a trajectory stand together and in order. Raises ValueError under context parallelism, where they do not.
+        """
+        if self.group is not None and self.group.size() > 1:
+            raise ValueError("prefix sums of a sequence that is shared between ranks are not defined")
+        total = per_token.double().cumsum(0)
+        starts = torch.searchsorted(self.ids, torch.arange(self.lengths.shape[0], device=self.ids.device))
+        before = torch.cat([total.new_zeros(1), total])[starts]  # sum of all earlier trajectories
+        return total - before[self.ids]
+
 
 class _SumOverGroup(torch.autograd.Function):
     @staticmethod
@@ -60,10 +72,15 @@ def sum_over_group(partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`log_ratio(trainer_logprobs, old_logprobs, segments)` gives the units' log-ratios; `per_token` says what a unit is."""
+    """`log_ratio(trainer_logprobs, old_logprobs, segments)` gives the units' log-ratios.
+
+    `per_token`: a unit is a token, else a trajectory. `length_mean`: the log-ratio is a mean over the trajectory's tokens,
+    so a token's share of the unit's gradient is 1 / T_i.
+    """
 
     per_token: bool
     log_ratio: Callable[[Tensor, Tensor, Segments], Tensor]
+    length_mean: bool = False
 
 
 def _token(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
@@ -74,6 +91,14 @@ def _trajectory(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
     return segments.sum(trainer - old)
 
 
+def _prefix(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
+    return segments.running_sum(trainer - old)
+
+
+def _none(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
+    return trainer - trainer.detach()
+
+
 def _sequence(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
     return segments.sum(trainer - old) / segments.lengths.clamp(min=1)
 
@@ -82,5 +107,9 @@ TOKEN = Ratio(per_token=True, log_ratio=_token)
 """rho[i, t] = pi_theta / pi_old of one token."""
 TRAJECTORY = Ratio(per_token=False, log_ratio=_trajectory)
 """W[i] = product of rho[i, t] over the trajectory (TIC-GRPO, Eq. 8)."""
-SEQUENCE = Ratio(per_token=False, log_ratio=_sequence)
+SEQUENCE = Ratio(per_token=False, log_ratio=_sequence, length_mean=True)
 """s[i] = W[i] ** (1 / T_i) (GSPO)."""
+PREFIX = Ratio(per_token=True, log_ratio=_prefix)
+"""W[i, 1..t] = product of rho[i, k] over k <= t: what weights a reward given at token t (dense rewards)."""
+NONE = Ratio(per_token=True, log_ratio=_none)
+"""1, with the gradient of log pi: no importance sampling (the paper's Figure 1)."""
