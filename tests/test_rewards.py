@@ -75,6 +75,7 @@ RIGHT = [
     (r"\boxed{2+2k}", "2k+2"),
     (r"\boxed{9i + 6}", "6+9i"),
     (r"\boxed{x=5}", "5"),
+    (r"\boxed{f(x) = 5}", "5"),
     (r"\boxed{5}", "x=5"),
     (r"\boxed{y = 3 + 2x}", "y = 2x + 3"),
     (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"(3,\pi/2)"),
@@ -104,6 +105,10 @@ WRONG = [
     ("45", "46"),
     ("12+34=45", "46"),
     ("46=45", "46"),
+    ("x=45, y=46", "46"),
+    ("45, x=46", "46"),
+    ("x<=46", "46"),
+    (r"x \neq 46", "46"),
     ("I do not know", "46"),
     # several answers are not one answer
     (r"\boxed{46, 47}", "46"),
@@ -194,7 +199,7 @@ def test_importing_rewards_is_light() -> None:
 
 @pytest.fixture(scope="module")
 def workers():
-    with RewardWorkers(RewardSettings(function="math", timeout_s=1.0)) as workers:
+    with RewardWorkers(RewardSettings(function="math", timeout_s=5.0)) as workers:
         yield workers
 
 
@@ -206,7 +211,7 @@ def test_stuck_graders_are_killed_and_the_others_go_on(workers: RewardWorkers) -
     assert rewards == [1.0] * 50 + [0.0, 0.0] + [0.0, 1.0] * 50
     # HUGE may end by the memory limit (graded wrong) or by the time limit, whichever comes first.
     assert 1 <= report.timed_out <= 2 and report.failed == 0 and report.graded == 152
-    assert time.perf_counter() - start < 20  # 1 s each, and new workers on a busy machine
+    assert time.perf_counter() - start < 40  # 5 s at the same time, and new workers on a busy machine
     assert workers.grade([("46", "46")] * 10)[0] == [1.0] * 10
     assert len(_worker_pids()) == 2
     for pid in _worker_pids():

@@ -15,6 +15,7 @@ from tic_megatron.rewards.math_answers import final_answer
 from tic_megatron.rewards.registry import register_reward
 
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.0+)?")
+_EQUATION = re.compile(r"[^=<>!,;]+=([^=]+)")
 _WITH_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
 _ALTERNATIVES = re.compile(r"(-?\d+(?:\s+or\s+-?\d+)+)\s*(?:\(.*\))?")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -54,7 +55,9 @@ def _equal(prediction: str, answer: str) -> bool:
     predicted, expected = _normalized(prediction), _normalized(answer)
     if predicted == expected:
         return predicted != ""
-    predicted_integer, expected_integer = _integer(predicted), _integer(expected)
+    # `x = 46` and `12+34=46` state 46. The library reads them so too; this is quicker.
+    equation = _EQUATION.fullmatch(predicted)
+    predicted_integer, expected_integer = _integer(equation[1] if equation else predicted), _integer(expected)
     if predicted_integer is not None and expected_integer is not None:
         return predicted_integer == expected_integer
     if len(prediction) > max(200, 4 * len(answer)):
