@@ -15,13 +15,14 @@ from tic_megatron.config import SettingsError
 class RunState:
     """What the driver has to remember beside the actors' weights and optimizer.
 
-    `step`: last finished step; `cursor`: place in the training problems; `accuracy_before`: measured before step 1;
-    `wall_s`: seconds spent so far.
+    `step`: last finished step; `cursor`: place in the training problems; `accuracy_before`, `accuracy`: measured before
+    step 1 and last; `wall_s`: seconds spent so far.
     """
 
     step: int = 0
     cursor: dict | None = None
     accuracy_before: float | None = None
+    accuracy: float | None = None
     wall_s: float = 0.0
 
 

@@ -39,7 +39,6 @@ class Run:
         self.checkpoints = Checkpoints(self.dir, settings.trainer.keep_checkpoints)
         self.state = RunState()
         self.timers = PhaseTimers()
-        self.accuracy: float | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -69,6 +68,8 @@ class Run:
         )
         if checkpoint:
             self.progress.note(f"continuing from {checkpoint}")
+            if self.state.accuracy_before is not None:
+                self.progress.accuracy(self.state.accuracy_before)
         self.progress.phase("starting Ray, actors and engines")
         cluster = self._stack.enter_context(start_cluster(settings))
         self.actors = ActorGroup.start(settings, cluster, log_dir=log_dir)
@@ -83,7 +84,7 @@ class Run:
         """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""
         if self.settings.rollout.replay:
             return ReplayedRollouts(self.settings)
-        rewards = RewardWorkers(self.settings.reward)
+        rewards = RewardWorkers(self.settings.reward, log_path=self.dir / "logs" / "rewards.log")
         self._stack.callback(rewards.close)
         engines = EngineGroup.start(
             self.settings,
@@ -118,7 +119,7 @@ class Run:
             name=eval_name(self.settings.data.eval),
             max_tokens=self.settings.rollout.max_response_tokens,
         )
-        self.accuracy = result.accuracy
+        self.state.accuracy = result.accuracy
         if step == 0:
             self.state.accuracy_before = result.accuracy
             self.progress.accuracy(result.accuracy)
@@ -141,10 +142,10 @@ class Run:
         """Export the model, draw the curves, write and return the summary."""
         self.progress.phase("export")
         self._export_hf()
-        plot_curves(self.dir)
+        plot_curves(self.dir, accuracy_before=self.state.accuracy_before)
         summary = {
             "accuracy_before": self.state.accuracy_before,
-            "accuracy_after": self.accuracy,
+            "accuracy_after": self.state.accuracy,
             "steps": self.state.step,
             "wall_s": round(self.state.wall_s + self._lap(), 1),
             "run_dir": str(self.dir),

@@ -35,7 +35,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.progress.phase("generate")
             groups = run.rollouts.sample(prompts, step)
         with timed("reward"):
-            run.rollouts.grade(groups)
+            grading = run.rollouts.grade(groups)
             set_advantages(groups, normalize_std=settings.algorithm.normalize_std)
         with timed("old_logprob"):
             run.progress.phase("train")
@@ -56,7 +56,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.rollouts.use_weights(run.actors, version=step)
     n_tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
     speed = {"throughput/tokens_per_s": n_tokens / timed.seconds("step")}
-    return groups, rollout_metrics(groups) | metrics | timed.metrics() | speed
+    return groups, rollout_metrics(groups) | grading | metrics | timed.metrics() | speed
 
 
 def set_advantages(groups: list[Group], *, normalize_std: bool) -> None:

@@ -20,8 +20,8 @@ class RolloutSource(Protocol):
         """G responses per prompt."""
         ...
 
-    def grade(self, groups: list[Group]) -> None:
-        """Set every trajectory's reward."""
+    def grade(self, groups: list[Group]) -> dict[str, float]:
+        """Set every trajectory's reward; metrics of the grading."""
         ...
 
     def make_room(self) -> None:
@@ -53,9 +53,10 @@ class SampledRollouts:
             seed=stable_seed(self.settings.run.seed, step),
         )
 
-    def grade(self, groups: list[Group]) -> None:
-        """By the reward function, in worker processes."""
-        self.rewards.grade_groups(groups)
+    def grade(self, groups: list[Group]) -> dict[str, float]:
+        """By the reward function, in worker processes. A response that could not be graded counts 0, and is counted."""
+        report = self.rewards.grade_groups(groups)
+        return {"reward/timed_out": float(report.timed_out), "reward/failed": float(report.failed)}
 
     def make_room(self) -> None:
         """Put colocated engines to sleep; their weights are about to be replaced."""
@@ -81,8 +82,9 @@ class ReplayedRollouts:
         """The saved groups of this step; the prompts given are not used."""
         return read_rollout(find_rollout(self.path, step))
 
-    def grade(self, groups: list[Group]) -> None:
+    def grade(self, groups: list[Group]) -> dict[str, float]:
         """They were graded when they were saved."""
+        return {}
 
     def make_room(self) -> None:
         """Nothing is in the way."""

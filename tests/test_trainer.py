@@ -1,0 +1,211 @@
+"""The whole stack through the command: Ray, Megatron actors, vLLM, weight transfer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.models import make_tiny_qwen3
+from tests.rollouts import random_rollout
+from tests.workspace import write_rows
+from tic_megatron.observability.metrics import read_metrics
+from tic_megatron.observability.rollouts import read_rollout, rollout_path, write_rollout
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "tic_megatron", "train"]
+TIMEOUT_S = 280
+
+
+def train(*arguments: str, expect: int = 0) -> str:
+    result = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert result.returncode == expect, f"{result.stdout}\n{result.stderr}\n{driver_log(arguments)}"
+    return result.stdout
+
+
+def driver_log(arguments) -> str:
+    folder = next((a.split("=", 1)[1] for a in arguments if a.startswith("--run.dir=")), None)
+    log = Path(folder or "", "logs", "driver.log")
+    return log.read_text()[-4000:] if folder and log.exists() else ""
+
+
+def untimed(run_dir: Path) -> list[dict]:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(("timing/", "throughput/"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """The quickstart's task after a short warm start: right often enough that groups have unequal rewards."""
+    folder = tmp_path_factory.mktemp("task") / "seed_0"
+    script = ROOT / "examples" / "quickstart" / "make_task.py"
+    command = [sys.executable, str(script), "--out", str(folder), "--seed", "0", "--max-warm-start-steps", "200"]
+    subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(task, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    settings = {
+        "model": {"path": str(task / "model")},
+        "data": {"train": str(task / "train.jsonl"), "eval": str(task / "eval.jsonl"), "eval_limit": 100},
+        "reward": {"function": "exact"},
+        "trainer": {"steps": 6, "prompts_per_step": 16, "updates_per_step": 2, "save_every": 3, "noise_check_every": 1},
+        "rollout": {"group_size": 8, "max_prompt_tokens": 64, "max_response_tokens": 8},
+        "actor": {"learning_rate": 3e-4, "max_tokens_per_microbatch": 1024},
+        "cluster": {"device": "cpu"},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(config, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train("--config", config, f"--run.dir={whole}")
+
+    process = subprocess.Popen(
+        [*COMMAND, "--config", config, f"--run.dir={cut}"], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("step 4/"):  # after the checkpoint of step 3
+                process.send_signal(signal.SIGINT)
+                break
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.stdout.close()
+    output = train("--config", config, f"--run.dir={cut}")
+    assert "continuing from" in output and "step_3" in output
+
+    assert untimed(whole) == untimed(cut)
+    assert len(untimed(whole)) == 6
+    check_whole_run(whole, task_of(config))
+
+
+def task_of(config: str) -> Path:
+    return Path(yaml.safe_load(Path(config).read_text())["model"]["path"]).parent
+
+
+def check_whole_run(run_dir: Path, task: Path) -> None:
+    """What every run leaves behind, and that the engines used the trainer's weights."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    for row in rows:
+        assert row["policy/log_ratio_abs_max_first"] == 0.0
+        assert 0.0 < row["mismatch/logprob_abs_max"] < 1e-3
+        assert row["rollout/weight_version_min"] == row["step"] - 1
+    assert rows[-1]["policy/log_ratio_std"] > 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["wall_s"] > 0
+    assert summary["accuracy_after"] == rows[-1]["eval/eval/accuracy"]
+    assert accuracy_with_transformers(run_dir / "hf", task / "eval.jsonl", limit=100) == pytest.approx(summary["accuracy_after"])
+    assert len(read_rollout(rollout_path(run_dir, 6))) == 16
+    assert (run_dir / "curves.png").stat().st_size > 10_000
+    assert list((run_dir / "tensorboard").iterdir())
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_3", "step_6"}
+
+
+def accuracy_with_transformers(model_dir: Path, problems: Path, limit: int | None = None) -> float:
+    """Greedy accuracy of an exported model, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    rows = [json.loads(line) for line in problems.read_text().splitlines()][:limit]
+    right = 0
+    for row in rows:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["problem"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+        text = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += text.strip() == row["answer"]
+    return right / len(rows)
+
+
+def test_layouts_agree_on_replayed_rollouts(tmp_path):
+    """One step on the same saved rollout: value and gradient norm of the layouts agree within 1e-4."""
+    model = make_tiny_qwen3(tmp_path / "model", seed=0, tie_word_embeddings=True)
+    write_rows(tmp_path / "train.jsonl", [{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(8)])
+    groups = random_rollout(seed=5, n_prompts=8, group_size=4, vocab=300)
+    write_rollout(rollout_path(tmp_path / "saved", 1), 1, groups)
+    layouts = {
+        "tp1": (1, {}),
+        "tp2": (2, {"tensor_parallel_size": 2}),
+        "pp2": (2, {"pipeline_parallel_size": 2}),
+        "dp2": (2, {}),
+    }
+    metrics = {}
+    for name, (world_size, actor) in layouts.items():
+        train(
+            f"--model.path={model}",
+            f"--data.train={tmp_path / 'train.jsonl'}",
+            f"--rollout.replay={tmp_path / 'saved'}",
+            f"--run.dir={tmp_path / name}",
+            *("--trainer.steps=1", "--trainer.prompts_per_step=8", "--trainer.updates_per_step=2"),
+            *("--rollout.group_size=4", "--rollout.max_prompt_tokens=64", "--rollout.max_response_tokens=40"),
+            *("--actor.learning_rate=1e-3", "--actor.max_tokens_per_microbatch=256", "--cluster.device=cpu"),
+            f"--cluster.gpus_per_node={world_size}",
+            *(f"--actor.{key}={value}" for key, value in actor.items()),
+        )
+        metrics[name] = read_metrics(tmp_path / name / "metrics.jsonl")[0]
+    for name in layouts:
+        for key in ("policy/grad_norm", "policy/entropy", "policy/log_ratio_std", "policy/ess"):
+            assert math.isclose(metrics[name][key], metrics["tp1"][key], rel_tol=1e-4), (name, key)
+        # The value's terms cancel: its scale is that of the terms, 1e-2.
+        assert math.isclose(metrics[name]["policy/loss"], metrics["tp1"]["policy/loss"], abs_tol=1e-6), name
+        assert metrics[name]["policy/log_ratio_abs_max_first"] == 0.0
+
+
+def test_nothing_is_left_running_after_a_failed_run(config, tmp_path):
+    """A rank that dies takes the run down with one line, and no process stays."""
+    process = subprocess.Popen(
+        [*COMMAND, "--config", config, f"--run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                victims = [pid for pid in children(process.pid) if "ActorWorker" in command_line(pid)]
+                assert len(victims) == 1
+                before = children(process.pid)
+                os.kill(victims[0], signal.SIGKILL)
+                break
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert len(stderr.strip().splitlines()) == 1 and "training rank 0" in stderr and "actor_0.log" in stderr
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [command_line(pid) for pid in before if Path(f"/proc/{pid}").exists()]
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *children(int(child))]
+    return found
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
