@@ -133,13 +133,47 @@ class AlgorithmSettings:
     """The objective (see `tic_megatron.algorithms`)."""
 
     objective: str = "tic_grpo"
-    """Name of a registered objective: `tic_grpo`, `grpo`."""
+    """Name of a registered objective: `tic_grpo`, `grpo`, `dapo`, `grpo2`, `traj_is`, `gspo`, `no_is`, or one of your own."""
+    plugin: str | None = None
+    """Python file that registers objectives of your own; it is run in the driver and in every training process."""
+    normaliser: Literal["response_length", "constant_length", "token_mean", "trajectory_mean"] | None = None
+    """Length normaliser in place of the objective's own."""
     eps_low: float | None = None
     """Lower clip range of two-sided clips; the objective's own default when not given."""
     eps_high: float | None = None
     """Upper clip range; the objective's own default when not given."""
+    dual_clip: float | None = None
+    """Bound (above 1) of the ratio where the advantage is negative, for two-sided clips; off when not given."""
     normalize_std: bool = False
     """Divide a group's advantages by its standard deviation (the paper does not)."""
+    leave_one_out: bool = False
+    """Baseline of the others' mean instead of the group's: a pure scale of the advantages by 1 / (1 - 1/G)."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL divergence from the frozen reference policy; 0 is none."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """`k2` and `k3` are losses; `k1` is subtracted from the reward (as a loss it has no gradient)."""
+    reference_path: str | None = None
+    """Hugging Face directory of the reference policy; `model.path` when not given."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Importance weights for the generator-trainer mismatch: at most `correction_bound`, or 0 outside of it."""
+    correction_level: Literal["token", "trajectory"] = "trajectory"
+    """Weight every token by its own ratio, or all of a trajectory by the product."""
+    correction_bound: float = 2.0
+    """Largest importance weight (and 1 / smallest, when masking)."""
+    max_bad_fraction: float = 0.1
+    """Share of a step's trajectories with a non-finite reward or log-prob above which the run stops; fewer are left out."""
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL penalty goes into the reward."""
+        return self.kl_coefficient > 0 and self.kl_estimator == "k1"
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether trajectories with zero advantage have a gradient too."""
+        return self.kl_coefficient > 0 or self.entropy_coefficient > 0
 
 
 @dataclass
@@ -266,8 +300,11 @@ class Settings:
         settings.data.train = _absolute(settings.data.train)
         settings.data.eval = settings.data.eval and _absolute(settings.data.eval)
         settings.rollout.replay = settings.rollout.replay and _absolute(settings.rollout.replay)
-        if Path(settings.model.path).expanduser().is_dir():  # otherwise it may be a hub name
-            settings.model.path = _absolute(settings.model.path)
+        settings.algorithm.plugin = settings.algorithm.plugin and _absolute(settings.algorithm.plugin)
+        for section, name in ((settings.model, "path"), (settings.algorithm, "reference_path")):
+            path = getattr(section, name)
+            if path and Path(path).expanduser().is_dir():  # otherwise it may be a hub name
+                setattr(section, name, _absolute(path))
         if settings.run.resume not in ("auto", "never"):
             settings.run.resume = _absolute(settings.run.resume)
         if settings.rollout.precision == "auto":

@@ -19,6 +19,8 @@ def check_settings(settings: Settings) -> None:
     _check_layout(settings)
     if settings.rollout.top_p != 1.0:
         _refuse("rollout.top_p", settings.rollout.top_p, "nucleus sampling breaks the importance ratio; give 1.0")
+    if settings.algorithm.reference_path and not settings.algorithm.kl_coefficient:
+        _refuse("algorithm.kl_coefficient", 0.0, "with a reference_path it must be above 0; or leave the reference out")
     if settings.actor.optimizer == "sgd" and settings.actor.distributed_optimizer:
         _refuse("actor.optimizer", "sgd", "Megatron's distributed optimizer has no SGD; give actor.distributed_optimizer false")
 
@@ -121,6 +123,9 @@ RANGES = {
     **_ranges(0, math.inf, "()", "rollout.temperature reward.timeout_s cluster.timeout_s actor.adam_eps algorithm.eps_high"),
     **_ranges(0, 1, "[)", "actor.adam_beta1 actor.adam_beta2"),
     **_ranges(0, 1, "()", "algorithm.eps_low"),
+    **_ranges(0, 1, "[]", "algorithm.max_bad_fraction"),
+    **_ranges(1, math.inf, "()", "algorithm.dual_clip algorithm.correction_bound"),
+    **_ranges(0, math.inf, "[)", "algorithm.kl_coefficient algorithm.entropy_coefficient"),
     **_ranges(0, 1, "(]", "rollout.gpu_memory_utilization"),
     **_ranges(0, 2**31 - 1, "[]", "run.seed"),
 }

@@ -16,6 +16,7 @@ from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.config import Settings
 from tic_megatron.data.prompts import PromptCursor
+from tic_megatron.data.quality import drop_bad_trajectories
 from tic_megatron.evaluation import eval_name, evaluate_greedy
 from tic_megatron.observability.metrics import MetricsLogger
 from tic_megatron.observability.plots import plot_curves
@@ -124,6 +125,13 @@ class Run:
             self.state.accuracy_before = result.accuracy
             self.progress.accuracy(result.accuracy)
         return result.metrics()
+
+    def drop_bad(self, groups: list[Group]) -> dict[str, float]:
+        """Leave out trajectories with a non-finite reward or log-prob, and say which; metrics of it."""
+        dropped = drop_bad_trajectories(groups, max_fraction=self.settings.algorithm.max_bad_fraction)
+        for line in dropped:
+            self.progress.note(f"warning: left out {line}")
+        return {"rollout/dropped_trajectories": float(len(dropped))}
 
     def record(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
         """A step is done: log it, save what is due."""

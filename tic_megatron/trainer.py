@@ -8,10 +8,10 @@ import torch
 
 from tic_megatron.algorithms import group_advantages
 from tic_megatron.commands.preflight import TrainInputs
-from tic_megatron.config import Settings
+from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.data.packing import has_equal_rewards, pack_rollout
 from tic_megatron.run import Run
-from tic_megatron.trajectory import Group
+from tic_megatron.trajectory import Group, MiniBatch
 
 
 def train(settings: Settings, inputs: TrainInputs) -> dict[str, Any]:
@@ -36,19 +36,16 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             groups = run.rollouts.sample(prompts, step)
         with timed("reward"):
             grading = run.rollouts.grade(groups)
-            set_advantages(groups, normalize_std=settings.algorithm.normalize_std)
+            dropped = run.drop_bad(groups)
+            set_advantages(groups, settings.algorithm)
         with timed("old_logprob"):
             run.progress.phase("train")
             run.rollouts.make_room()
             # Packed once: old log-probs and updates see the same micro-batches, so their rounding cancels.
-            run.actors.load_rollout(
-                pack_rollout(
-                    groups,
-                    settings.trainer.updates_per_step,
-                    settings.data_parallel_size,
-                    settings.actor.max_tokens_per_microbatch,
-                )
-            )
+            shards = pack(groups, settings)
+            run.actors.load_rollout(shards)
+            if settings.algorithm.kl_in_reward:
+                penalize_rewards(run, groups, shards)
             run.actors.old_logprobs(check_noise=noise_check_due(settings, step))
         with timed("update"):
             metrics = run.actors.update()
@@ -56,16 +53,43 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.rollouts.use_weights(run.actors, version=step)
     n_tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
     speed = {"throughput/tokens_per_s": n_tokens / timed.seconds("step")}
-    return groups, rollout_metrics(groups) | grading | metrics | timed.metrics() | speed
+    return groups, rollout_metrics(groups) | grading | dropped | metrics | timed.metrics() | speed
 
 
-def set_advantages(groups: list[Group], *, normalize_std: bool) -> None:
-    """Group-relative advantages from the rewards, in place."""
-    rewards = torch.tensor([[t.reward for t in group.trajectories] for group in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, normalize_std=normalize_std)
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        for trajectory, advantage in zip(group.trajectories, row, strict=True):
+def set_advantages(groups: list[Group], options: AlgorithmSettings) -> None:
+    """Group-relative advantages from the rewards, in place. A group of one that is left of a group teaches nothing."""
+    for group in groups:
+        rewards = torch.tensor([[t.reward for t in group.trajectories]], dtype=torch.float64)
+        advantages = torch.zeros_like(rewards)
+        if rewards.shape[1] >= 2:
+            advantages = group_advantages(rewards, normalize_std=options.normalize_std, leave_one_out=options.leave_one_out)
+        for trajectory, advantage in zip(group.trajectories, advantages[0].tolist(), strict=True):
             trajectory.advantage = advantage
+
+
+def pack(groups: list[Group], settings: Settings) -> list[list[MiniBatch]]:
+    """The rollout as mini-batches, [data-parallel rank][update]; groups that teach nothing are left out where that is exact."""
+    return pack_rollout(
+        groups,
+        settings.trainer.updates_per_step,
+        settings.data_parallel_size,
+        settings.actor.max_tokens_per_microbatch,
+        keep_all=settings.algorithm.has_penalty,
+    )
+
+
+def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]]) -> None:
+    """Subtract the KL to the reference policy (k1, summed over the response) from the rewards, and renew the advantages."""
+    options = run.settings.algorithm
+    order = [
+        [t for mini_batch in shard for micro_batch in mini_batch.micro_batches for t in micro_batch.trajectories]
+        for shard in shards
+    ]
+    for trajectories, kl in zip(order, run.actors.kl_to_reference(), strict=True):
+        for trajectory, value in zip(trajectories, kl, strict=True):
+            trajectory.reward -= options.kl_coefficient * value
+    set_advantages(groups, options)
+    run.actors.set_advantages([[t.advantage for t in trajectories] for trajectories in order])
 
 
 def noise_check_due(settings: Settings, step: int) -> bool:

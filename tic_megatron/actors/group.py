@@ -63,6 +63,17 @@ class ActorGroup:
         """Log-probs at theta_old, by forward-only passes in the update's own packing."""
         self._call("old_logprobs", check_noise)
 
+    def kl_to_reference(self) -> list[list[float]]:
+        """k1 to the reference policy, summed over each trajectory: per data-parallel rank, in the order of its share."""
+        kl = self._call("kl_to_reference")
+        by_shard = {d: values for d, values in zip(self.data_parallel_ranks, kl, strict=True) if values is not None}
+        return [by_shard[d] for d in sorted(by_shard)]
+
+    def set_advantages(self, shards: list[list[float]]) -> None:
+        """Replace the advantages of the rollout's trajectories: per data-parallel rank, in the order of its share."""
+        calls = [w.set_advantages.remote(shards[d]) for w, d in zip(self.workers, self.data_parallel_ranks, strict=True)]
+        _wait(calls, "set_advantages", self.log_files)
+
     def update(self) -> dict[str, float]:
         """All optimizer updates of the rollout, one after another; `policy/*` and `mismatch/*` metrics."""
         updates = [self._call("update", k) for k in range(self.settings.trainer.updates_per_step)]

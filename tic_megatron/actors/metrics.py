@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tic_megatron.actors.stats import MismatchStats, UpdateStats
+from tic_megatron.algorithms.clips import LOG_RATIO_BOUND
 from tic_megatron.algorithms.objectives import ratio_metrics
 
 _RATIO_NAMES = {
@@ -18,6 +19,8 @@ _RATIO_NAMES = {
     "ess": "policy/ess",
 }
 
+_QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+
 
 def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Sequence[MismatchStats | None]) -> dict[str, float]:
     """Metrics of the K updates of a step.
@@ -27,12 +30,12 @@ def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Se
         mismatch: [ranks].
 
     Returns:
-        `policy/loss`, `policy/grad_norm`, `policy/entropy`: means over the updates; `policy/log_ratio_*`, `ratio_*` and `ess`:
-        of the *last* update, where the policy has moved furthest from pi_old, over the trajectories that were trained on;
-        `policy/log_ratio_abs_max_first` where it was measured; `mismatch/*`.
+        `policy/loss`, `grad_norm`, `entropy`, `kl`: means over the updates; `policy/log_ratio_*`, `ratio_*` and `ess`: of the
+        *last* update, where the policy has moved furthest from pi_old, over the trajectories that were trained on;
+        `policy/drift_update_<k>`: mean |L| at the start of update k; `policy/log_ratio_abs_max_first` where it was measured;
+        `mismatch/*`.
     """
     reported = [[stats for stats in ranks if stats is not None] for ranks in updates]
-    first, last = reported[0], reported[-1]
     results = [ranks[0].result for ranks in reported]
     n_tokens = sum(s.n_tokens for ranks in reported for s in ranks)
     metrics = {
@@ -44,13 +47,36 @@ def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Se
     }
     if n_tokens:
         metrics["policy/entropy"] = sum(s.entropy_sum for ranks in reported for s in ranks) / n_tokens
-    noise = [s.noise for s in first if s.noise is not None]
+        if any(s.kl_sum is not None for ranks in reported for s in ranks):
+            metrics["policy/kl"] = sum(s.kl_sum or 0.0 for ranks in reported for s in ranks) / n_tokens
+    noise = [s.noise for s in reported[0] if s.noise is not None]
     if noise:
         metrics["policy/log_ratio_abs_max_first"] = max(noise)
-    log_ratio = torch.tensor([x for s in last for x in s.log_ratio], dtype=torch.float64)
-    capped = torch.tensor([c for s in last for c in s.capped], dtype=torch.bool)
-    metrics |= {_RATIO_NAMES[name]: value for name, value in ratio_metrics(log_ratio, capped).items()}
-    return metrics | _mismatch_metrics([m for m in mismatch if m is not None])
+    for k, ranks in enumerate(reported):
+        drift = [abs(x) for s in ranks for x in s.log_ratio]
+        if drift:
+            metrics[f"policy/drift_update_{k}"] = sum(drift) / len(drift)
+    return metrics | _ratio_metrics(reported[-1]) | _mismatch_metrics([m for m in mismatch if m is not None])
+
+
+def _ratio_metrics(ranks: list[UpdateStats]) -> dict[str, float]:
+    """The trajectory ratios of one update: moments, quantiles, and what clip and underflow took, by sign of the advantage."""
+    log_ratio = torch.tensor([x for s in ranks for x in s.log_ratio], dtype=torch.float64)
+    capped = torch.tensor([c for s in ranks for c in s.capped], dtype=torch.bool)
+    advantages = torch.tensor([a for s in ranks for a in s.advantages], dtype=torch.float64)
+    metrics = {_RATIO_NAMES[name]: value for name, value in ratio_metrics(log_ratio, capped).items()}
+    if log_ratio.numel() == 0:
+        return metrics
+    points = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64)
+    for name, value in zip(_QUANTILES, torch.quantile(log_ratio, points).tolist(), strict=True):
+        metrics[f"policy/log_ratio_{name}"] = value
+        metrics[f"policy/ratio_{name}"] = math.exp(min(value, LOG_RATIO_BOUND))
+    underflow = torch.exp(log_ratio.float()) == 0
+    for sign, chosen in (("positive", advantages > 0), ("negative", advantages < 0)):
+        if chosen.any():
+            metrics[f"policy/ratio_capped_fraction_{sign}"] = capped[chosen].double().mean().item()
+            metrics[f"policy/ratio_underflow_fraction_{sign}"] = underflow[chosen].double().mean().item()
+    return metrics
 
 
 def _mismatch_metrics(ranks: list[MismatchStats]) -> dict[str, float]:

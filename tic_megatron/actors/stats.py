@@ -18,16 +18,18 @@ class UpdateResult:
 class UpdateStats:
     """One update on one data-parallel shard.
 
-    `value`: the objective's value; `log_ratio`, `capped`: L_i and whether the cap was active, of each trajectory that
-    was trained on; `entropy_sum`, `n_tokens`: over its response tokens; `noise`: max |L| between the forward-only pass and
-    the training forward, both at theta_old, where it was measured.
+    `value`: the objective's value; `log_ratio`, `capped`, `advantages`: L_i, whether the clip was active, and A_i, of each
+    trajectory that was trained on; `entropy_sum`, `kl_sum` (None without a reference), `n_tokens`: over their response
+    tokens; `noise`: max |L| between the forward-only pass and the training forward, both at theta_old, where measured.
     """
 
     value: float = 0.0
     entropy_sum: float = 0.0
+    kl_sum: float | None = None
     n_tokens: int = 0
     log_ratio: list[float] = field(default_factory=list)
     capped: list[bool] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
     noise: float | None = None
     result: UpdateResult | None = None
 

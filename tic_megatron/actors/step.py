@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tic_megatron.actors.objective import choose_objective
 from tic_megatron.actors.stats import MismatchStats, UpdateResult, UpdateStats
-from tic_megatron.algorithms import OBJECTIVES
+from tic_megatron.algorithms.corrections import generator_correction
 from tic_megatron.algorithms.normalisers import Totals
-from tic_megatron.algorithms.objectives import objective_terms
+from tic_megatron.algorithms.objectives import ObjectiveTerms, objective_terms, token_weights
+from tic_megatron.algorithms.penalties import KL_LOSSES, k1, weighted_sum
 from tic_megatron.algorithms.ratios import Segments
 from tic_megatron.config import Settings
 from tic_megatron.trajectory import MicroBatch, MiniBatch
@@ -97,8 +99,12 @@ class Backend(Protocol):
     reports: bool
     """Whether this rank reports statistics: one rank per data-parallel shard, among those with log-probs."""
 
-    def forward(self, inputs: list[PackedInputs]) -> list[Tensor]:
-        """Log-probs of each micro-batch without gradient; empty list where there are none."""
+    def forward(self, inputs: list[PackedInputs], *, reference: bool = False) -> list[Tensor]:
+        """Log-probs of each micro-batch without gradient, of the policy or of the reference; empty where there are none."""
+        ...
+
+    def hold_parameters(self) -> None:
+        """From now on evaluate every update's gradient at the present parameters, while the steps are applied."""
         ...
 
     def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
@@ -112,8 +118,8 @@ class PolicyStep:
     def __init__(self, backend: Backend, settings: Settings):
         self.backend = backend
         self.settings = settings
-        self.objective = OBJECTIVES[settings.algorithm.objective]
-        self.clip_range = self.objective.clip_range(settings.algorithm.eps_low, settings.algorithm.eps_high)
+        chosen = choose_objective(settings.algorithm)
+        self.objective, self.clip_range = chosen.objective, chosen.clip_range
 
     def load(self, mini_batches: list[MiniBatch]) -> None:
         """Take this rank's share of a rollout; the packing is kept for all its passes."""
@@ -123,59 +129,126 @@ class PolicyStep:
             for batch in mini_batches
         ]
         self.old: dict[int, list[Tensor]] = {}
+        self.reference: dict[int, list[Tensor]] = {}
         self.mismatch = MismatchStats()
 
     def old_logprobs(self, *, check_noise: bool) -> None:
-        """Log-probs at theta_old of all mini-batches but the first, by forward-only passes.
+        """Log-probs at theta_old of all mini-batches but the first, by forward-only passes; and the reference's of all.
 
         The first mini-batch is updated at theta_old itself, so its own log-probs, detached, are the old ones, and the pass
-        is saved. With `check_noise` it is made all the same, to be compared with the training forward.
+        is saved (so are the others' for an objective whose gradients are all taken there). With `check_noise` it is made
+        all the same, to be compared with the training forward.
         """
-        for k in range(0 if check_noise else 1, len(self.inputs)):
-            self.old[k] = self.backend.forward(self.inputs[k])
-        for k in range(1, len(self.inputs)):
-            for inputs, old in zip(self.inputs[k], self.old[k], strict=False):
-                self._add_mismatch(inputs, old)
+        own = len(self.inputs) if self.objective.at_old_policy else 1
+        for k in ([0] if check_noise else []) + list(range(own, len(self.inputs))):
+            self._compute_old(k)
+        if self.settings.algorithm.kl_coefficient > 0:
+            for k in range(len(self.inputs)):
+                self._compute_reference(k)
+
+    def kl_to_reference(self) -> list[float] | None:
+        """Sum of k1 over each trajectory of this rank, in the order of its micro-batches, for the reward; None on ranks
+        that report nothing."""
+        kl: list[float] = []
+        for k, packed in enumerate(self.inputs):
+            self._compute_old(k)
+            self._compute_reference(k)
+            for inputs, old, reference in zip(packed, self.old[k], self.reference[k], strict=False):
+                kl += inputs.segments.sum(k1(old, reference)).tolist()
+        return kl if self.backend.reports else None
+
+    def set_advantages(self, advantages: list[float]) -> None:
+        """Replace the advantages of this rank's trajectories, in the order of its micro-batches."""
+        remaining = torch.tensor(advantages, dtype=torch.float64, device=self.backend.device)
+        for packed in self.inputs:
+            for inputs in packed:
+                n = inputs.advantages.shape[0]
+                inputs.advantages.copy_(remaining[:n])
+                remaining = remaining[n:]
 
     def update(self, k: int) -> UpdateStats | None:
         """One optimizer update on mini-batch k; None on ranks that report nothing."""
         stats = UpdateStats()
-        totals = Totals(
-            self.mini_batches[k].n_trajectories,
-            self.mini_batches[k].n_tokens,
-            self.settings.rollout.max_response_tokens,
-        )
+        if k == 0 and self.objective.at_old_policy:
+            self.backend.hold_parameters()
 
         def loss(index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
             inputs = self.inputs[k][index]
-            old = self._first_old_logprobs(index, logprobs.detach(), stats) if k == 0 else self.old[k][index]
-            terms = objective_terms(
-                self.objective,
-                logprobs,
-                old,
-                inputs.segments,
-                inputs.advantages,
-                totals,
-                self.clip_range,
-            )
-            stats.value += terms.value.item()
+            old = self._old_for_update(k, index, logprobs.detach(), stats)
+            terms, value = self._objective(k, index, logprobs, old, entropy)
+            stats.value += value.item()
             stats.entropy_sum += entropy.detach().double().sum().item()
             stats.n_tokens += logprobs.numel()
             stats.log_ratio += terms.log_ratio.tolist()
             stats.capped += terms.capped.tolist()
-            return -terms.value
+            stats.advantages += inputs.advantages.tolist()
+            if self.reference:
+                stats.kl_sum = (stats.kl_sum or 0.0) + k1(logprobs.detach(), self.reference[k][index]).double().sum().item()
+            return -value
 
         stats.result = self.backend.update(self.inputs[k], loss)
         return stats if self.backend.reports else None
 
-    def _first_old_logprobs(self, index: int, own: Tensor, stats: UpdateStats) -> Tensor:
-        """Old log-probs of the first mini-batch: its own. Compares them with the forward-only pass where there was one."""
-        inputs = self.inputs[0][index]
-        self._add_mismatch(inputs, own)
-        if 0 in self.old:
+    def _objective(self, k: int, index: int, logprobs: Tensor, old: Tensor, entropy: Tensor) -> tuple[ObjectiveTerms, Tensor]:
+        """The policy term's details, and the whole value to maximise: policy term, entropy bonus, KL penalty."""
+        inputs, options = self.inputs[k][index], self.settings.algorithm
+        batch = self.mini_batches[k]
+        totals = Totals(batch.n_trajectories, batch.n_tokens, self.settings.rollout.max_response_tokens)
+        terms = objective_terms(
+            self.objective,
+            logprobs,
+            old,
+            inputs.segments,
+            inputs.advantages,
+            totals,
+            self.clip_range,
+            self._correction(inputs, old),
+        )
+        value = terms.value
+        if options.entropy_coefficient or self.reference:
+            weights = token_weights(self.objective, inputs.segments, totals)
+            if options.entropy_coefficient:
+                value = value + options.entropy_coefficient * weighted_sum(entropy, weights)
+            if options.kl_estimator in KL_LOSSES and self.reference:
+                kl = KL_LOSSES[options.kl_estimator](logprobs, self.reference[k][index])
+                value = value - options.kl_coefficient * weighted_sum(kl, weights)
+        return terms, value
+
+    def _correction(self, inputs: PackedInputs, old: Tensor) -> Tensor | None:
+        options = self.settings.algorithm
+        if options.correction == "none":
+            return None
+        return generator_correction(
+            self.objective.ratio,
+            old,
+            inputs.inference_logprobs,
+            inputs.segments,
+            level=options.correction_level,
+            form=options.correction,
+            bound=options.correction_bound,
+        )
+
+    def _compute_old(self, k: int) -> None:
+        if k not in self.old:
+            self.old[k] = self.backend.forward(self.inputs[k])
+
+    def _compute_reference(self, k: int) -> None:
+        if k not in self.reference:
+            self.reference[k] = self.backend.forward(self.inputs[k], reference=True)
+
+    def _old_for_update(self, k: int, index: int, own: Tensor, stats: UpdateStats) -> Tensor:
+        """Old log-probs of a micro-batch; where the update's forward is at theta_old itself, its own.
+
+        There it compares them with the forward-only pass, if there was one.
+        """
+        inputs = self.inputs[k][index]
+        at_old_policy = k == 0 or self.objective.at_old_policy
+        old = own if at_old_policy else self.old[k][index]
+        self._add_mismatch(inputs, old)
+        if k == 0 and 0 in self.old:
             noise = inputs.segments.sum(own - self.old[0][index]).abs()
             stats.noise = max(stats.noise or 0.0, noise.max().item() if noise.numel() else 0.0)
-        return own
+        return old
 
     def _add_mismatch(self, inputs: PackedInputs, trainer_logprobs: Tensor) -> None:
         difference = trainer_logprobs - inputs.inference_logprobs

@@ -64,6 +64,14 @@ class ActorWorker:
         """Forward-only passes at theta_old."""
         self.step.old_logprobs(check_noise=check_noise)
 
+    def kl_to_reference(self) -> list[float] | None:
+        """k1 of this rank's trajectories; None on ranks that report nothing."""
+        return self.step.kl_to_reference()
+
+    def set_advantages(self, advantages: list[float]) -> None:
+        """Replace the advantages of this rank's trajectories."""
+        self.step.set_advantages(advantages)
+
     def update(self, k: int) -> Any:
         """One optimizer update; `UpdateStats`, or None on ranks that report nothing."""
         return self.step.update(k)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from tic_megatron.commands.model_files import check_layout, check_weights, locate_model, read_config
 from tic_megatron.commands.run_folder import check_run_folder
 from tic_megatron.config import Settings, SettingsError
-from tic_megatron.config_checks import nearest
 from tic_megatron.data.prompts import Problem, read_problems, tokenize_problems
 from tic_megatron.observability.metrics import check_logging
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER, read_rollout
@@ -74,11 +73,9 @@ def _check_reward(settings: Settings) -> None:
 
 
 def _check_objective(settings: Settings) -> None:
-    from tic_megatron.algorithms import OBJECTIVES
+    from tic_megatron.actors.objective import choose_objective
 
-    name = settings.algorithm.objective
-    if name not in OBJECTIVES:
-        raise SettingsError(f"algorithm.objective: there is no objective {name!r}; did you mean {nearest(name, OBJECTIVES)!r}?")
+    choose_objective(settings.algorithm)
 
 
 def _check_replay(settings: Settings) -> None:

@@ -19,7 +19,9 @@ def split_into_mini_batches(groups: Sequence[Group], n_updates: int) -> list[lis
     return [list(groups[k * size : (k + 1) * size]) for k in range(n_updates)]
 
 
-def pack_rollout(groups: Sequence[Group], n_updates: int, n_shards: int, max_tokens: int) -> list[list[MiniBatch]]:
+def pack_rollout(
+    groups: Sequence[Group], n_updates: int, n_shards: int, max_tokens: int, *, keep_all: bool = False
+) -> list[list[MiniBatch]]:
     """The mini-batches of a rollout, for each data-parallel rank.
 
     Args:
@@ -27,23 +29,26 @@ def pack_rollout(groups: Sequence[Group], n_updates: int, n_shards: int, max_tok
         n_updates: number of mini-batches (K).
         n_shards: data-parallel size.
         max_tokens: token budget of a micro-batch; at least the longest trajectory.
+        keep_all: keep groups of equal rewards too, which KL and entropy terms need.
 
     Returns:
         [n_shards][n_updates]
     """
-    packed = [pack_mini_batch(part, n_shards, max_tokens) for part in split_into_mini_batches(groups, n_updates)]
+    packed = [
+        pack_mini_batch(part, n_shards, max_tokens, keep_all=keep_all) for part in split_into_mini_batches(groups, n_updates)
+    ]
     return [list(shard) for shard in zip(*packed, strict=True)]
 
 
-def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int) -> list[MiniBatch]:
+def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int, *, keep_all: bool = False) -> list[MiniBatch]:
     """One mini-batch, for each data-parallel rank: zero-advantage groups left out, balanced, packed into micro-batches.
 
-    Guarantees: every trajectory of a group with unequal rewards is in exactly one micro-batch; no micro-batch exceeds
-    `max_tokens`; all shards have equally many micro-batches, at least one; the loads of two shards differ by at most the
-    longest trajectory.
+    Guarantees: every trajectory of a group with unequal rewards (of all groups with `keep_all`) is in exactly one
+    micro-batch; no micro-batch exceeds `max_tokens`; all shards have equally many micro-batches, at least one; the loads of
+    two shards differ by at most the longest trajectory.
     """
     everything = [t for group in groups for t in group.trajectories]
-    trained = [t for group in groups if not has_equal_rewards(group) for t in group.trajectories]
+    trained = [t for group in groups if keep_all or not has_equal_rewards(group) for t in group.trajectories]
     shards = [pack_tokens(shard, max_tokens) for shard in balance(trained, n_shards)]
     n_micro_batches = max(1, *(len(shard) for shard in shards))
     n_tokens = sum(t.response_length for t in everything)
@@ -55,8 +60,7 @@ def pack_mini_batch(groups: Sequence[Group], n_shards: int, max_tokens: int) -> 
 
 def has_equal_rewards(group: Group) -> bool:
     """Whether the group teaches nothing. Compares rewards, not advantages: rounding can leave a mean off by an ulp."""
-    rewards = [t.reward for t in group.trajectories]
-    return max(rewards) == min(rewards)
+    return len({t.reward for t in group.trajectories}) <= 1
 
 
 def balance(trajectories: Sequence[Trajectory], n_shards: int) -> list[list[Trajectory]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import AutoConfig
 
-from tic_megatron.actors.megatron.model import ResponseTokens, build_model, transformer_config
+from tic_megatron.actors.megatron.held import HeldParameters
+from tic_megatron.actors.megatron.model import PolicyModel, ResponseTokens, build_model, transformer_config
 from tic_megatron.actors.megatron.parameters import LocalWeights
 from tic_megatron.actors.schedule import learning_rate
 from tic_megatron.actors.stats import UpdateResult
@@ -42,10 +44,18 @@ class MegatronBackend:
         self.weights = LocalWeights(model, self.hf)
         self.weights.load(model_path)
         self.model = self._distribute(model)
+        self.reference = self._build_reference(model_path) if settings.algorithm.kl_coefficient > 0 else None
+        self.held: HeldParameters | None = None
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model], use_gloo_process_groups=False)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.updates_done = 0
+
+    def _build_reference(self, model_path: str) -> PolicyModel:
+        """The frozen reference policy, in the actor's own layout, so that its log-probs come from the same kernels."""
+        model = build_model(self.hf, self.config).to(self.device)
+        LocalWeights(model, self.hf).load(self.settings.algorithm.reference_path or model_path)
+        return model.requires_grad_(False)
 
     def _distribute(self, model) -> DistributedDataParallel:
         ddp = DistributedDataParallelConfig(
@@ -80,8 +90,9 @@ class MegatronBackend:
             use_distributed_optimizer=self._distributed_optimizer,
         )
 
-    def forward(self, inputs: list[PackedInputs]) -> list[Tensor]:
-        """Log-probs [n] of each micro-batch, forward only; an empty list on stages that have none."""
+    def forward(self, inputs: list[PackedInputs], *, reference: bool = False) -> list[Tensor]:
+        """Log-probs [n] of each micro-batch, forward only, of the policy or of the frozen reference; an empty list on
+        stages that have none."""
         collected: list[Tensor] = []
 
         def collect(output: tuple[Tensor, Tensor]):
@@ -89,8 +100,12 @@ class MegatronBackend:
             return output[0].sum(), {}
 
         with torch.no_grad():
-            self._run_schedule(inputs, lambda index: collect, forward_only=True)
+            self._run_schedule(inputs, lambda index: collect, reference=reference, forward_only=True)
         return collected
+
+    def hold_parameters(self) -> None:
+        """Evaluate the gradients of the updates that follow at the present parameters, until the next call."""
+        self.held = HeldParameters(self.model)
 
     def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
         """Gradients of the summed loss over all micro-batches and ranks, then one optimizer step.
@@ -110,7 +125,8 @@ class MegatronBackend:
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run_schedule(inputs, make_closure, forward_only=False)
+        with self.held.in_use() if self.held else nullcontext():
+            self._run_schedule(inputs, make_closure, forward_only=False)
         return self._step_optimizer()
 
     def _step_optimizer(self) -> UpdateResult:
@@ -121,7 +137,7 @@ class MegatronBackend:
         self.updates_done += 1
         return UpdateResult(float(grad_norm or 0.0), rate, bool(applied))
 
-    def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool) -> None:
+    def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool, reference: bool = False) -> None:
         """Megatron's pipeline schedule over the micro-batches; `make_closure(index)` makes the last stage's loss function."""
 
         def forward_step(iterator, model):
@@ -131,7 +147,7 @@ class MegatronBackend:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(enumerate(inputs)),
-            model=[self.model],
+            model=[self.reference if reference else self.model],
             num_microbatches=len(inputs),
             seq_length=max(packed.input_ids.numel() for packed in inputs),
             micro_batch_size=1,
