@@ -123,7 +123,7 @@ def objective_terms(
         weights = weights * correction
     clipped, capped = objective.clip(log_ratio, advantages.to(log_ratio.dtype), clip_range)
     with torch.no_grad():
-        trajectory_log_ratio = segments.sum(trainer_logprobs.detach() - old_logprobs)
+        trajectory_log_ratio = segments.sum(ratios.token_log_ratio(trainer_logprobs.detach(), old_logprobs))
         if objective.ratio.per_token:
             capped = torch.zeros_like(segments.lengths).index_add(0, segments.ids, capped.to(segments.lengths.dtype)) > 0
     return ObjectiveTerms((clipped.double() * weights).sum(), trajectory_log_ratio, capped)

@@ -19,12 +19,16 @@ def k1(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log pi_theta - log pi_ref)^2 / 2: its gradient, on-policy, is that of the KL."""
+    """(log pi_theta - log pi_ref)^2 / 2: biased, but its gradient, on-policy, is that of KL(pi_theta || pi_ref) of the next
+    token at the visited prefixes."""
     return (trainer_logprobs - ref_logprobs).square() / 2
 
 
 def k3(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d = log pi_ref - log pi_theta: unbiased and never negative; d stops at 30."""
+    """exp(d) - 1 - d with d = log pi_ref - log pi_theta: unbiased and never negative; d stops at 30.
+
+    As a loss its gradient, on-policy, is that of the other direction: KL(pi_ref || pi_theta) at the visited prefixes.
+    """
     d = (ref_logprobs - trainer_logprobs).clamp(max=LOG_RATIO_BOUND)
     return torch.exp(d) - 1 - d
 

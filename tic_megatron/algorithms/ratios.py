@@ -83,24 +83,30 @@ class Ratio:
     length_mean: bool = False
 
 
+def token_log_ratio(trainer: Tensor, old: Tensor) -> Tensor:
+    """delta, in fp32 at least: half precision would round every ratio to three digits, and exp(30) overflows fp16."""
+    dtype = torch.promote_types(torch.promote_types(trainer.dtype, old.dtype), torch.float32)
+    return trainer.to(dtype) - old.to(dtype)
+
+
 def _token(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
-    return trainer - old
+    return token_log_ratio(trainer, old)
 
 
 def _trajectory(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
-    return segments.sum(trainer - old)
+    return segments.sum(token_log_ratio(trainer, old))
 
 
 def _prefix(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
-    return segments.running_sum(trainer - old)
+    return segments.running_sum(token_log_ratio(trainer, old))
 
 
 def _none(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
-    return trainer - trainer.detach()
+    return token_log_ratio(trainer, trainer.detach())
 
 
 def _sequence(trainer: Tensor, old: Tensor, segments: Segments) -> Tensor:
-    return segments.sum(trainer - old) / segments.lengths.clamp(min=1)
+    return segments.sum(token_log_ratio(trainer, old)) / segments.lengths.clamp(min=1)
 
 
 TOKEN = Ratio(per_token=True, log_ratio=_token)
