@@ -7,16 +7,15 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models import make_tiny_qwen3, response_logprobs
+from tests.processes import family, wait_until_gone
 from tic_megatron.config import Settings
 from tic_megatron.rollout.engines import EngineError, EngineGroup
 from tic_megatron.rollout.requests import stable_seed
@@ -84,13 +83,6 @@ def largest_error(groups, model, temperature):
     return max(errors)
 
 
-def wait_until_gone(pids, timeout_s=20):
-    end = time.monotonic() + timeout_s
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
-        time.sleep(0.1)
-    return [pid for pid in pids if psutil.pid_exists(pid)]
-
-
 def test_driver_imports_neither_vllm_nor_megatron():
     code = "import sys, tic_megatron.rollout.engines; sys.exit(any(name in sys.modules for name in ('vllm', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -146,7 +138,7 @@ def test_samples_depend_on_the_seed_only(engines):
 
 
 def test_two_engines_give_what_one_gives(engines):
-    one = EngineGroup(engines.workers[:1], engines.log_files[:1], 1, engines._tokenizer)
+    one = EngineGroup(engines.workers[:1], engines.log_files[:1], engines._tokenizer, tp_size=1, timeout_s=60)
     for count in (2, 7):
         prompts = make_prompts(count)
         assert sampled_ids(generate(one, prompts)) == sampled_ids(generate(engines, prompts))
@@ -169,6 +161,12 @@ def test_errors_name_the_engine_and_its_log(engines):
     assert generate(engines, make_prompts(2))  # it goes on
 
 
+def test_hanging_engine_is_named(engines):
+    impatient = EngineGroup(engines.workers, engines.log_files, engines._tokenizer, tp_size=1, timeout_s=0.01)
+    with pytest.raises(EngineError, match=r"engine 0 failed in generate: no answer in 0\.01 s"):
+        generate(impatient, make_prompts(8))
+
+
 def test_libraries_print_to_the_log(engines):
     for log_file in engines.log_files:
         assert "vllm" in Path(log_file).read_text().lower()
@@ -189,7 +187,7 @@ def test_tensor_parallel_engine(model_dir, model, tmp_path):
     """TP 2: the same log-probs, and none of its processes stays."""
     group = start(model_dir, tmp_path, tp_size=2)
     (pid,) = group.ready()
-    pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    pids = family(pid)
     assert len(pids) >= 3
     assert largest_error(generate(group, make_prompts(4)), model, 1.0) < 1e-5
     group.stop()

@@ -147,7 +147,6 @@ def _environment(options: EngineOptions) -> dict[str, str]:
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core lives in this process, beside its Ray actor
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_COLOR": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if options.device == "cpu":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.actor import ActorHandle
@@ -39,12 +40,19 @@ class EngineGroup:
     """
 
     def __init__(
-        self, workers: list[ActorHandle], log_files: list[str], tp_size: int, tokenizer: PreTrainedTokenizerBase
+        self,
+        workers: list[ActorHandle],
+        log_files: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tp_size: int,
+        timeout_s: float,
     ) -> None:
         self.workers = workers
         self.log_files = log_files
-        self._tp_size = tp_size
         self._tokenizer = tokenizer
+        self._tp_size = tp_size
+        self._timeout_s = timeout_s
 
     @classmethod
     def start(
@@ -71,7 +79,8 @@ class EngineGroup:
             visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpu_ids[index]))} if gpu_ids else {}
             actor = ray.remote(EngineWorker).options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": visible})
             workers.append(actor.remote(_options(settings, model_path, device, log_file)))
-        return cls(workers, log_files, settings.rollout.tensor_parallel_size, tokenizer)
+        tp_size, timeout_s = settings.rollout.tensor_parallel_size, settings.cluster.timeout_s
+        return cls(workers, log_files, tokenizer, tp_size=tp_size, timeout_s=timeout_s)
 
     def ready(self) -> list[int]:
         """Wait until every engine has loaded the model; their process ids. Raises EngineError."""
@@ -179,14 +188,30 @@ class EngineGroup:
         return self._wait(method, [getattr(w, method).remote(a) for w, a in zip(self.workers, arguments, strict=False)])
 
     def _wait(self, method: str, calls: list[ray.ObjectRef]) -> list[Any]:
-        results = []
-        for index, call in enumerate(calls):
+        """The engines' results. The first failure is raised at once, whatever the others do."""
+        pending = {call: index for index, call in enumerate(calls)}
+        results: list[Any] = [None] * len(calls)
+        end = time.monotonic() + self._timeout_s
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            if not done:
+                self._fail(min(pending.values()), method, f"no answer in {self._timeout_s:g} s (cluster.timeout_s)")
+            index = pending.pop(done[0])
             try:
-                results.append(ray.get(call))
+                results[index] = ray.get(done[0])
             except ray.exceptions.RayError as error:
-                cause = str(error).strip().splitlines()[-1]
-                raise EngineError(f"engine {index} failed in {method}: {cause} (its log: {self.log_files[index]})") from error
+                self._fail(index, method, _reason(error), error)
         return results
+
+    def _fail(self, index: int, method: str, reason: str, error: Exception | None = None) -> NoReturn:
+        raise EngineError(f"engine {index} failed in {method}: {reason} (its log: {self.log_files[index]})") from error
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """What a worker raised, without the traceback: the last line that is not indented, and what follows it."""
+    lines = str(error).strip().splitlines()
+    start = max(index for index, line in enumerate(lines) if not line.startswith((" ", "\t")))
+    return " ".join(line.strip() for line in lines[start:])
 
 
 def _options(settings: Settings, model_path: str, device: str, log_file: str) -> EngineOptions:

@@ -48,8 +48,8 @@ class SharedMemorySendBuffer:
         return layout.bucket(self._buffer.handle).to_payload()
 
     def close(self) -> None:
-        """Remove the shared memory."""
-        self._buffer.unlink()
+        """Give the shared memory up."""
+        self._buffer.close()
 
 
 class CudaIpcSendBuffer:

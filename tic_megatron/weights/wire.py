@@ -13,22 +13,18 @@ buffer and refills it for every bucket, so a receiver copies what it wants to ke
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing.shared_memory import SharedMemory
-from pathlib import Path
 from typing import Any
 
 import torch
 
 ALIGNMENT = 64
 """Bytes; offsets are multiples of it, so that a view of any dtype is possible and copies run at full speed."""
-
-_SHARED_MEMORY_DIR = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -101,42 +97,36 @@ def layout_bucket(specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 
 
 class SharedMemoryBuffer:
-    """A named run of bytes that processes of one machine share. The creator unlinks it; attaching leaves no trace.
+    """A run of bytes that processes of one machine and user share.
 
-    Only the creator's segment is known to Python's resource tracker (which removes it even if the creator is killed): attaching
-    maps the segment's file, because `SharedMemory(name)` of Python 3.11 and 3.12 would have every receiver's tracker unlink it.
+    The memory has no name in /dev/shm: others reach it through its creator's open file. So nothing is left behind, whoever
+    is killed (Ray kills a worker together with the resource tracker that would clean up for it), and the size of /dev/shm,
+    which is small in containers, does not matter. It is freed with the last process that maps it.
     """
 
-    def __init__(self, name: str, nbytes: int, segment: SharedMemory | None) -> None:
+    def __init__(self, name: str, nbytes: int, file: int | None) -> None:
         """Use `create` or `attach`."""
         self.name = name
         self.nbytes = nbytes
-        self._segment = segment
-        self._flat: torch.Tensor | None = torch.from_file(
-            str(_SHARED_MEMORY_DIR / name), shared=True, size=nbytes, dtype=torch.uint8
-        )
+        self._file = file
+        path, _ = _parse_name(name)
+        self._flat: torch.Tensor | None = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
 
     @classmethod
     def create(cls, nbytes: int) -> SharedMemoryBuffer:
-        """Allocate `nbytes` under a new name. Raises OSError if the machine's shared memory cannot hold them."""
-        disk = os.statvfs(_SHARED_MEMORY_DIR)
-        if nbytes > (available := disk.f_bavail * disk.f_frsize):
-            raise OSError(
-                errno.ENOSPC,
-                f"{nbytes / 2**20:.0f} MiB of shared memory for the weight transfer do not fit: {_SHARED_MEMORY_DIR} has "
-                f"{available / 2**20:.0f} MiB left; lower rollout.weight_bucket_mib, or enlarge it "
-                "(in a container: --shm-size or --ipc=host)",
-            )
-        segment = SharedMemory(create=True, size=nbytes)
-        segment.close()  # only its own mapping: the segment lives until `unlink`
-        with (_SHARED_MEMORY_DIR / segment.name).open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)  # now; a full /dev/shm would otherwise be a SIGBUS at the first write
-        return cls(segment.name, nbytes, segment)
+        """Allocate `nbytes`; pages are taken when they are first written."""
+        token = secrets.token_hex(8)
+        file = os.memfd_create(f"tic-weights-{token}")
+        os.ftruncate(file, nbytes)
+        return cls(f"{os.getpid()}/{file}/{token}", nbytes, file)
 
     @classmethod
     def attach(cls, name: str) -> SharedMemoryBuffer:
-        """Map the segment that another process created. Raises FileNotFoundError if there is none of that name."""
-        return cls(name, (_SHARED_MEMORY_DIR / name).stat().st_size, None)
+        """Map what another process created under this name. Raises FileNotFoundError if that is gone."""
+        path, token = _parse_name(name)
+        if token not in os.readlink(path):  # the numbers of a process and a file come round again, the token doesn't
+            raise FileNotFoundError(f"shared memory {name} is gone: its process or its buffer is another one now")
+        return cls(name, os.stat(path).st_size, None)
 
     @property
     def handle(self) -> dict[str, Any]:
@@ -144,21 +134,23 @@ class SharedMemoryBuffer:
         return {"shared_memory": self.name}
 
     def as_tensor(self, tensor: WireTensor) -> torch.Tensor:
-        """View of the tensor's bytes, valid until `close` and only while the sender does not refill the buffer."""
+        """View of the tensor's bytes; its values last until the sender refills the buffer."""
         if self._flat is None:
-            raise ValueError(f"shared memory buffer {self.name} is closed")
+            raise ValueError(f"shared memory {self.name} is closed")
         return tensor.view(self._flat)
 
     def close(self) -> None:
-        """Give up this process's mapping, once the last view of it is gone too."""
+        """Give up this process's mapping, once the last view of it is gone too; from the creator, nobody can attach any more."""
         self._flat = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
-    def unlink(self) -> None:
-        """Remove the name; for the creator. The memory is freed when the last process has closed it."""
-        self.close()
-        if self._segment is not None:
-            self._segment.unlink()
-            self._segment = None
+
+def _parse_name(name: str) -> tuple[str, str]:
+    """`process/file/token` -> path of the process's open file, token."""
+    process, file, token = name.split("/")
+    return f"/proc/{process}/fd/{file}", token
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
