@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tic_megatron.algorithms.clips import LOG_RATIO_BOUND
+from tic_megatron.algorithms.ratios import token_log_ratio
 
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
 """(trainer_logprobs, ref_logprobs) -> estimate of KL(pi_theta || pi_ref) at each token [n_tokens]."""
@@ -15,13 +16,13 @@ KLEstimator = Callable[[Tensor, Tensor], Tensor]
 
 def k1(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log pi_theta - log pi_ref: unbiased. For rewards only: as a loss its expected gradient is zero."""
-    return trainer_logprobs - ref_logprobs
+    return token_log_ratio(trainer_logprobs, ref_logprobs)
 
 
 def k2(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(log pi_theta - log pi_ref)^2 / 2: biased, but its gradient, on-policy, is that of KL(pi_theta || pi_ref) of the next
     token at the visited prefixes."""
-    return (trainer_logprobs - ref_logprobs).square() / 2
+    return token_log_ratio(trainer_logprobs, ref_logprobs).square() / 2
 
 
 def k3(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def k3(trainer_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     As a loss its gradient, on-policy, is that of the other direction: KL(pi_ref || pi_theta) at the visited prefixes.
     """
-    d = (ref_logprobs - trainer_logprobs).clamp(max=LOG_RATIO_BOUND)
+    d = token_log_ratio(ref_logprobs, trainer_logprobs).clamp(max=LOG_RATIO_BOUND)
     return torch.exp(d) - 1 - d
 
 
