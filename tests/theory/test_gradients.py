@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from tests.theory.distances import measure
 from tests.theory.enumerable import (
     Environment,
     coefficients,
@@ -59,6 +60,19 @@ def test_grpo2_follows_the_surrogate(setting):
     # ... which is neither gradient.
     assert relative_distance(gradient, policy_gradient(env, theta)) > 0.1
     assert relative_distance(gradient, policy_gradient(env, theta_old)) > 0.1
+
+
+def test_which_gradient_the_surrogate_is_nearer_to_depends_on_length_and_direction():
+    """Neither "GRPO estimates the old gradient" nor "the current one": the table of docs/theory.md, in small."""
+
+    def nearer_to_current(max_tokens: int, direction: str) -> float:
+        found = [measure(seed, max_tokens, direction=direction, spread=0.1) for seed in range(20)]
+        return sum(d.nearer_to_current for d in found) / len(found)
+
+    single = measure(0, 1, direction="random", spread=0.5)
+    assert single.to_current < EXACT < single.to_old  # one token: the surrogate is the objective
+    assert nearer_to_current(2, "random") > 0.75
+    assert nearer_to_current(6, "ascent") < 0.5
 
 
 def test_division_by_the_length_changes_the_reward_that_is_followed(setting):
