@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from tests.rollouts import random_rollout
-from tic_megatron.config import Settings
+from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.data.packing import pack_rollout
 
 
-def layout_settings(world_size: int, *, objective: str, tp=1, pp=1, sp=True, distributed=False, **actor) -> Settings:
+def layout_settings(
+    world_size: int, *, objective: str, tp=1, pp=1, sp=True, distributed=False, options: dict | None = None, **actor
+) -> Settings:
     settings = Settings()
     settings.cluster.gpus_per_node = world_size
-    settings.algorithm.objective = objective
+    settings.algorithm = AlgorithmSettings(objective=objective, **(options or {}))
     settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens = 40, 40
     settings.rollout.temperature = 0.8
     a = settings.actor
@@ -46,7 +48,8 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
         backend = MegatronBackend(settings, model, device)
         groups = rollout(backend.hf.vocab_size)
         step = PolicyStep(backend, settings)
-        shards = pack_rollout(groups, 2, settings.data_parallel_size, settings.actor.max_tokens_per_microbatch)
+        budget, keep_all = settings.actor.max_tokens_per_microbatch, settings.algorithm.has_penalty
+        shards = pack_rollout(groups, 2, settings.data_parallel_size, budget, keep_all=keep_all)
         step.load(shards[backend.data_parallel_rank])
         step.old_logprobs(check_noise=True)
         stats0, stats1 = step.update(0), step.update(1)
@@ -113,3 +116,29 @@ def logits(rank: int, world_size: int, master: str, models: list[str], token_ids
         with torch.no_grad():
             outputs.append(backend.model(ids, torch.arange(n)[None], attention_mask=None, packed_seq_params=packed)[0])
     return outputs
+
+
+def parameters_seen(rank: int, world_size: int, master: str, model: str, precision: str) -> dict:
+    """Under `no_is`: the parameters that each of four gradients is evaluated at, and those before and after all updates."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+
+    settings = layout_settings(world_size, objective="no_is", distributed=True, precision=precision)
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, model, device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout(backend.hf.vocab_size)[:8], 4, 1, 300)[0])
+
+    def snapshot() -> list[torch.Tensor]:
+        return [p.detach().clone() for p in backend.model.parameters()]
+
+    seen, run_schedule = [], backend._run_schedule
+    before = snapshot()
+    backend._run_schedule = lambda *args, **kwargs: (seen.append(snapshot()), run_schedule(*args, **kwargs))
+    step.old_logprobs(check_noise=False)
+    after = []
+    for k in range(4):
+        step.update(k)
+        after.append(snapshot())
+    return {"before": before, "seen": seen, "after": after}

@@ -32,11 +32,13 @@ def models(tmp_path_factory) -> dict[str, str]:
     return paths
 
 
-def response_logprobs(model, trajectory, temperature: float) -> torch.Tensor:
+def response_logprobs(model, trajectory, temperature: float, *, with_entropy: bool = False):
     ids = torch.tensor([trajectory.tokens])
     start = len(trajectory.prompt.token_ids)
     logits = model(ids).logits[0, start - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
+    log_p = logits.log_softmax(-1)
+    chosen = log_p.gather(-1, ids[0, start:, None])[:, 0]
+    return (chosen, -(log_p.exp() * log_p).sum(-1)) if with_entropy else chosen
 
 
 def objective_value(name: str, trajectories, trainer, old, n: int, max_response: int) -> torch.Tensor:
@@ -53,8 +55,11 @@ def objective_value(name: str, trajectories, trainer, old, n: int, max_response:
     return total / n
 
 
-def reference_updates(path: str, objective: str, optimizer: str = "sgd") -> list[dict]:
-    """Two updates of the whole model in float64 by autograd; value, gradient and norm of each, parameters after both."""
+def reference_updates(path: str, objective: str, optimizer: str = "sgd", penalty=None) -> list[dict]:
+    """Two updates of the whole model in float64 by autograd; value, gradient and norm of each, parameters after both.
+
+    `penalty(trajectory, logprobs, entropy)` is subtracted from the value, divided by N T; with it all groups are kept.
+    """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     parameters = model.parameters()
     if optimizer == "sgd":
@@ -65,10 +70,12 @@ def reference_updates(path: str, objective: str, optimizer: str = "sgd") -> list
     old = {id(t): response_logprobs(model, t, 0.8).detach() for g in groups for t in g.trajectories}
     updates = []
     for part in (groups[:5], groups[5:]):
-        trajectories = [t for g in part if not has_equal_rewards(g) for t in g.trajectories]
-        new = [response_logprobs(model, t, 0.8) for t in trajectories]
+        trajectories = [t for g in part if penalty or not has_equal_rewards(g) for t in g.trajectories]
+        new, entropy = zip(*(response_logprobs(model, t, 0.8, with_entropy=True) for t in trajectories), strict=True)
         before = [old[id(t)] for t in trajectories]
         value = objective_value(objective, trajectories, new, before, n=15, max_response=40)
+        if penalty:
+            value = value - sum(penalty(t, a, e) for t, a, e in zip(trajectories, new, entropy, strict=True)) / (15 * 40)
         optimizer.zero_grad()
         (-value).backward()
         gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -168,3 +175,36 @@ def test_logits_equal_transformers(models):
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(torch.tensor([token_ids])).logits[0]
         assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_and_entropy_terms_have_the_reference_gradient(models, tmp_path, estimator):
+    """At TP 2, with another model as the reference policy."""
+    make_tiny_qwen3(tmp_path, seed=9, tie_word_embeddings=False, initializer_range=0.05)
+    frozen = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+
+    def penalty(trajectory, logprobs, entropy):
+        with torch.no_grad():
+            d = response_logprobs(frozen, trajectory, 0.8)
+        d = d - logprobs
+        kl = d.square() / 2 if estimator == "k2" else d.exp() - 1 - d
+        return 0.1 * kl.sum() - 0.02 * entropy.sum()
+
+    options = {"kl_coefficient": 0.1, "kl_estimator": estimator, "entropy_coefficient": 0.02, "reference_path": str(tmp_path)}
+    sgd = {"optimizer": "sgd", "learning_rate": SGD_RATE}
+    case = {"model": models["untied"], "objective": "tic_grpo", "tp": 2, "options": options, **sgd}
+    ranks = [r[0] for r in run_ranks("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
+    check_updates(ranks, reference_updates(models["untied"], "tic_grpo", penalty=penalty), (estimator,))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_importance_sampling_every_gradient_is_taken_at_the_old_policy(models, precision):
+    result = run_ranks(
+        "tests.megatron_ranks:parameters_seen", world_size=1, timeout_s=120, model=models["tied"], precision=precision
+    )[0]
+    assert len(result["seen"]) == 4
+    for seen in result["seen"]:
+        assert all(torch.equal(a, b) for a, b in zip(seen, result["before"], strict=True))
+    steps = [result["before"], *result["after"]]
+    for earlier, later in zip(steps, steps[1:], strict=False):
+        assert any(not torch.equal(a, b) for a, b in zip(earlier, later, strict=True)), "each step was applied"
