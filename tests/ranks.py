@@ -36,8 +36,8 @@ def run_ranks(function: str, *, world_size: int, timeout_s: float, **kwargs) -> 
             job = (function, rank, world_size, master, timeout_s, kwargs)
             Path(folder, f"in{rank}").write_bytes(pickle.dumps(job))
             command = [sys.executable, "-m", "tests.ranks", f"{folder}/in{rank}", f"{folder}/out{rank}"]
-            log = Path(folder, f"log{rank}").open("w")
-            ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True))
+            with Path(folder, f"log{rank}").open("w") as log:
+                ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True))
         try:
             codes = [process.wait(timeout=timeout_s + 30) for process in ranks]
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -206,5 +207,5 @@ def test_without_importance_sampling_every_gradient_is_taken_at_the_old_policy(m
     for seen in result["seen"]:
         assert all(torch.equal(a, b) for a, b in zip(seen, result["before"], strict=True))
     steps = [result["before"], *result["after"]]
-    for earlier, later in zip(steps, steps[1:], strict=False):
+    for earlier, later in itertools.pairwise(steps):
         assert any(not torch.equal(a, b) for a, b in zip(earlier, later, strict=True)), "each step was applied"

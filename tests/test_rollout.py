@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models import make_tiny_qwen3, response_logprobs
 from tests.processes import family, wait_until_gone
 from tic_megatron.config import Settings
-from tic_megatron.rollout.engines import EngineError, EngineGroup
+from tic_megatron.remote import WorkerError, WorkerPool
+from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Prompt
 
@@ -138,7 +139,9 @@ def test_samples_depend_on_the_seed_only(engines):
 
 
 def test_two_engines_give_what_one_gives(engines):
-    one = EngineGroup(engines.workers[:1], engines.log_files[:1], engines._tokenizer, tp_size=1, timeout_s=60)
+    one = EngineGroup(
+        WorkerPool("engine", engines.pool.workers[:1], engines.pool.log_files[:1], timeout_s=60), engines._tokenizer, tp_size=1
+    )
     for count in (2, 7):
         prompts = make_prompts(count)
         assert sampled_ids(generate(one, prompts)) == sampled_ids(generate(engines, prompts))
@@ -156,19 +159,21 @@ def test_greedy_equals_transformers(engines, model):
 
 def test_errors_name_the_engine_and_its_log(engines):
     too_long = Prompt("long", "", "", tuple([5] * (MAX_PROMPT + MAX_RESPONSE + 1)))
-    with pytest.raises(EngineError, match=r"engine 1 failed in generate: .*engine_1\.log"):
+    with pytest.raises(WorkerError, match=r"engine 1 failed in generate: .*engine_1\.log"):
         generate(engines, [*make_prompts(2)[:1], too_long])
     assert generate(engines, make_prompts(2))  # it goes on
 
 
 def test_hanging_engine_is_named(engines):
-    impatient = EngineGroup(engines.workers, engines.log_files, engines._tokenizer, tp_size=1, timeout_s=0.01)
-    with pytest.raises(EngineError, match=r"engine 0 failed in generate: no answer in 0\.01 s"):
+    impatient = EngineGroup(
+        WorkerPool("engine", engines.pool.workers, engines.pool.log_files, timeout_s=0.01), engines._tokenizer, tp_size=1
+    )
+    with pytest.raises(WorkerError, match=r"engine 0 failed in generate: no answer in 0\.01 s"):
         generate(impatient, make_prompts(8))
 
 
 def test_libraries_print_to_the_log(engines):
-    for log_file in engines.log_files:
+    for log_file in engines.pool.log_files:
         assert "vllm" in Path(log_file).read_text().lower()
 
 
@@ -176,7 +181,7 @@ def test_dead_engine_is_named_and_stop_leaves_no_process(engines):
     pids = engines.ready()
     assert os.getpid() not in pids and len(set(pids)) == 2
     os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"engine 1 .* generate: .*(died|dead).*engine_1\.log"):
+    with pytest.raises(WorkerError, match=r"engine 1 .* generate: .*(died|dead).*engine_1\.log"):
         generate(engines, make_prompts(4))
     engines.stop()
     assert wait_until_gone(pids) == []

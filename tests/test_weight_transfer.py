@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3
 
 from tests.models import make_tiny_qwen3, response_logprobs
 from tic_megatron.config import Settings
-from tic_megatron.rollout.engines import EngineError, EngineGroup
+from tic_megatron.remote import WorkerError
+from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.trajectory import Prompt
 from tic_megatron.weights.wire import (
     ALIGNMENT,
@@ -265,7 +266,7 @@ def test_engine_serves_the_weights_that_were_sent(setup):
 def test_incomplete_update_is_refused(setup):
     """A sender that forgets tensors: vLLM would go on with the old ones."""
     for missing in range(ray.get(setup.new_sender.buckets.remote())):
-        with pytest.raises(EngineError, match="lacks tensors of"):
+        with pytest.raises(WorkerError, match="lacks tensors of"):
             send(setup.new_sender, setup.engines, version=3, skip={missing})
         setup.engines.update_weights(ray.get(setup.new_sender.fill.remote(missing)))
         setup.engines.finish_weight_update(4)
@@ -274,7 +275,7 @@ def test_incomplete_update_is_refused(setup):
 
 def test_misuse_is_an_error(setup):
     payload = ray.get(setup.new_sender.fill.remote(0))
-    with pytest.raises(EngineError, match="start_weight_update must be called before update_weights"):
+    with pytest.raises(WorkerError, match="start_weight_update must be called before update_weights"):
         setup.engines.update_weights(payload)
 
 

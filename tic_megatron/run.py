@@ -18,6 +18,7 @@ from tic_megatron.config import Settings
 from tic_megatron.data.prompts import PromptCursor
 from tic_megatron.data.quality import drop_bad_trajectories
 from tic_megatron.evaluation import eval_name, evaluate_greedy
+from tic_megatron.observability.health import HealthMonitor
 from tic_megatron.observability.metrics import MetricsLogger
 from tic_megatron.observability.plots import plot_curves
 from tic_megatron.observability.progress import ProgressDisplay
@@ -40,6 +41,7 @@ class Run:
         self.checkpoints = Checkpoints(self.dir, settings.trainer.keep_checkpoints)
         self.state = RunState()
         self.timers = PhaseTimers()
+        self.health = HealthMonitor()
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -138,6 +140,8 @@ class Run:
         trainer, rollout = self.settings.trainer, self.settings.rollout
         self.logger.log(step, metrics)
         self.progress.update(step, metrics)
+        for warning in self.health.check(step, metrics):
+            self.progress.note(f"warning: {warning}")
         if rollout.save_every and step % rollout.save_every == 0:
             write_rollout(rollout_path(self.dir, step), step, groups)
         self.state.step, self.state.cursor = step, self.cursor.state_dict()

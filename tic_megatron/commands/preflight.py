@@ -55,6 +55,7 @@ def preflight(settings: Settings) -> TrainInputs:
     _check_objective(settings)
     _choose_device(settings)
     tokenizer, hf_config = _load_tokenizer_and_config(directory)
+    _check_engine_kernels(settings, hf_config)
     warnings = [*_schedule_warnings(settings), *_overlap_warnings(train_problems, eval_problems)]
     return TrainInputs(
         model_dir=directory,
@@ -121,6 +122,15 @@ def _choose_device(settings: Settings) -> None:
         raise SettingsError(
             f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size {rollout.tensor_parallel_size} = {engine_gpus} "
             f"needs more GPUs than the {settings.world_size} of the actors that they share; lower one of them"
+        )
+
+
+def _check_engine_kernels(settings: Settings, hf_config: PretrainedConfig) -> None:
+    """vLLM notices this in the first rollout only."""
+    if settings.cluster.device == "cpu" and settings.rollout.replay is None and hf_config.head_dim % 32:
+        raise SettingsError(
+            f"model.path: {settings.model.path} has head_dim {hf_config.head_dim}, but vLLM's attention on CPUs needs a multiple "
+            "of 32; use a GPU, another model, or rollout.replay"
         )
 
 

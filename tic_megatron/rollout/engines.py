@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tic_megatron.config import Settings
+from tic_megatron.remote import WorkerPool
 from tic_megatron.rollout.engine import EngineOptions, EngineWorker
 from tic_megatron.rollout.requests import SampleRequest, SampleResponse, stable_seed
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-STOP_TIMEOUT_S = 20.0
-"""Seconds that an engine has to end itself before it is killed."""
-
-
-class EngineError(RuntimeError):
-    """An engine failed or died: which one, in what, and where its log lies."""
-
 
 class EngineGroup:
     """All engines of a run, each a Ray actor that holds the whole model.
 
-        engines = EngineGroup.start(settings, model_path=..., device="cpu", log_dir=run_dir / "logs")
-        engines.ready()
-        groups = engines.generate(prompts, group_size=8, temperature=1.0, top_p=1.0, max_tokens=1024,
-                                  seed=stable_seed(run_seed, step))
-
-    Attributes:
-        workers: actor handles, for a sender that talks to the engines itself.
-        log_files: the engines' logs, in the same order.
+    engines = EngineGroup.start(settings, model_path=..., device="cpu", log_dir=run_dir / "logs")
+    engines.ready()
+    groups = engines.generate(prompts, group_size=8, temperature=1.0, top_p=1.0, max_tokens=1024,
+                              seed=stable_seed(run_seed, step))
     """
 
-    def __init__(
-        self,
-        workers: list[ActorHandle],
-        log_files: list[str],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        tp_size: int,
-        timeout_s: float,
-    ) -> None:
-        self.workers = workers
-        self.log_files = log_files
+    def __init__(self, pool: WorkerPool, tokenizer: PreTrainedTokenizerBase, *, tp_size: int) -> None:
+        self.pool = pool
         self._tokenizer = tokenizer
         self._tp_size = tp_size
-        self._timeout_s = timeout_s
 
     @classmethod
     def start(
@@ -79,12 +57,12 @@ class EngineGroup:
             visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpu_ids[index]))} if gpu_ids else {}
             actor = ray.remote(EngineWorker).options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": visible})
             workers.append(actor.remote(_options(settings, model_path, device, log_file)))
-        tp_size, timeout_s = settings.rollout.tensor_parallel_size, settings.cluster.timeout_s
-        return cls(workers, log_files, tokenizer, tp_size=tp_size, timeout_s=timeout_s)
+        pool = WorkerPool("engine", workers, log_files, timeout_s=settings.cluster.timeout_s)
+        return cls(pool, tokenizer, tp_size=settings.rollout.tensor_parallel_size)
 
     def ready(self) -> list[int]:
-        """Wait until every engine has loaded the model; their process ids. Raises EngineError."""
-        return self._call("ready")
+        """Wait until every engine has loaded the model; their process ids. Raises WorkerError."""
+        return self.pool.call("ready")
 
     def generate(
         self, prompts: list[Prompt], *, group_size: int, temperature: float, top_p: float, max_tokens: int, seed: int
@@ -102,11 +80,11 @@ class EngineGroup:
 
     def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Once, before the first update; see `EngineWorker.init_weight_transfer`."""
-        self._call("init_weight_transfer", init_info)
+        self.pool.call("init_weight_transfer", init_info)
 
     def start_weight_update(self) -> None:
         """Begin an update on every engine."""
-        self._call("start_weight_update")
+        self.pool.call("start_weight_update")
 
     def update_weights(self, payload: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Have every engine load one bucket; when this returns, the bucket may be refilled.
@@ -115,47 +93,44 @@ class EngineGroup:
             payload: one for all, or one per process: engine 0's tensor-parallel ranks, then engine 1's, and so on.
         """
         if isinstance(payload, dict):
-            self._call("update_weights", payload)
+            self.pool.call("update_weights", payload)
         else:
             size = self._tp_size
-            self._call_each("update_weights", [payload[start : start + size] for start in range(0, len(payload), size)])
+            parts = [(payload[start : start + size],) for start in range(0, len(payload), size)]
+            self.pool.call_each("update_weights", parts)
 
     def finish_weight_update(self, version: int) -> None:
         """Put the new weights to use everywhere, as `version`."""
-        self._call("finish_weight_update", version)
+        self.pool.call("finish_weight_update", version)
 
     def weight_versions(self) -> list[int]:
         """Version of the weights that each engine uses."""
-        return self._call("weight_version")
+        return self.pool.call("weight_version")
 
     def received_hashes(self) -> list[dict[str, str]]:
         """Per engine, the hashes of the tensors of the last update."""
-        return self._call("received_hashes")
+        return self.pool.call("received_hashes")
 
     def checksums(self) -> list[dict[str, str]]:
         """Per engine, the checksums of its tensors as the engine holds them."""
-        return self._call("checksums")
+        return self.pool.call("checksums")
 
     def sleep(self, level: int = 2) -> None:
         """Free the GPUs' memory; nothing on CPUs."""
-        self._call("sleep", level)
+        self.pool.call("sleep", level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Take the memory for `tags` back; nothing on CPUs."""
-        self._call("wake_up", tags)
+        self.pool.call("wake_up", tags)
 
     def stop(self) -> None:
         """End all engines and their processes, also those that hang or have died."""
-        endings = [worker.shutdown.remote() for worker in self.workers]
-        ray.wait(endings, num_returns=len(endings), timeout=STOP_TIMEOUT_S)
-        for worker in self.workers:
-            ray.kill(worker)
-        self.workers = []
+        self.pool.stop()
 
     def _sample(self, requests: list[SampleRequest]) -> list[SampleResponse]:
         """Deal the requests out to the engines and collect the answers, in the requests' order."""
-        used = min(len(self.workers), len(requests))
-        answers = self._call_each("generate", [requests[start::used] for start in range(used)])
+        used = min(len(self.pool.workers), len(requests))
+        answers = self.pool.call_each("generate", [(requests[start::used],) for start in range(used)])
         return [answers[index % used][index // used] for index in range(len(requests))]
 
     def _groups(self, prompts: list[Prompt], responses: list[SampleResponse]) -> list[Group]:
@@ -179,39 +154,6 @@ class EngineGroup:
             )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return self._wait(method, [getattr(worker, method).remote(*arguments) for worker in self.workers])
-
-    def _call_each(self, method: str, arguments: list[Any]) -> list[Any]:
-        """Call the first engines with one argument each, as many as there are arguments."""
-        return self._wait(method, [getattr(w, method).remote(a) for w, a in zip(self.workers, arguments, strict=False)])
-
-    def _wait(self, method: str, calls: list[ray.ObjectRef]) -> list[Any]:
-        """The engines' results. The first failure is raised at once, whatever the others do."""
-        pending = {call: index for index, call in enumerate(calls)}
-        results: list[Any] = [None] * len(calls)
-        end = time.monotonic() + self._timeout_s
-        while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()))
-            if not done:
-                self._fail(min(pending.values()), method, f"no answer in {self._timeout_s:g} s (cluster.timeout_s)")
-            index = pending.pop(done[0])
-            try:
-                results[index] = ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                self._fail(index, method, _reason(error), error)
-        return results
-
-    def _fail(self, index: int, method: str, reason: str, error: Exception | None = None) -> NoReturn:
-        raise EngineError(f"engine {index} failed in {method}: {reason} (its log: {self.log_files[index]})") from error
-
-
-def _reason(error: ray.exceptions.RayError) -> str:
-    """What a worker raised, without the traceback: the last line that is not indented, and what follows it."""
-    lines = str(error).strip().splitlines()
-    start = max(index for index, line in enumerate(lines) if not line.startswith((" ", "\t")))
-    return " ".join(line.strip() for line in lines[start:])
 
 
 def _options(settings: Settings, model_path: str, device: str, log_file: str) -> EngineOptions:
