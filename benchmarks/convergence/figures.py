@@ -1,0 +1,152 @@
+"""The figures of the report, from the study's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.convergence.tables import Results
+
+COLOURS = {
+    "grpo": "#D55E00",
+    "traj_is": "#E69F00",
+    "dapo": "#CC79A7",
+    "gspo": "#999999",
+    "no_is": "#000000",
+    "grpo2": "#56B4E9",
+    "tic_grpo": "#0072B2",
+}
+"""Okabe-Ito: readable with colour blindness."""
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def band(axes: Axes, x: list[float], intervals: list[list[float]], **style: object) -> None:
+    """A line with its 95% intervals as a band."""
+    mean, half = [i[0] for i in intervals], [i[1] for i in intervals]
+    (line,) = axes.plot(x, mean, marker="o", markersize=3, **style)
+    low, high = [m - h for m, h in zip(mean, half, strict=True)], [m + h for m, h in zip(mean, half, strict=True)]
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+
+
+def log2_axis(axes: Axes, ticks: list[float] | tuple[float, ...] | None = None) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if ticks:
+        axes.set_xticks(list(ticks))
+
+
+def hierarchy(results: Results, updates: int) -> plt.Figure:
+    figure, ((course, raw), (matched, stationary)) = plt.subplots(2, 2, figsize=(9.5, 7.2), layout="constrained")
+    for name, row in results["hierarchy"]["rows"].items():
+        style = {"color": COLOURS[name], "label": name}
+        curve = row["best"]["curve"]
+        course.plot([i * updates / (len(curve) - 1) for i in range(len(curve))], curve, **style)
+        points = row["points"]
+        band(raw, [p["step_size"] / 12 for p in points], [p["speed"] for p in points], **style)
+        band(matched, [p["step"] for p in points], [p["speed"] for p in points], **style)
+        band(stationary, [p["step"] for p in points], [p["stationarity"] for p in points], **style)
+    course.set(title="each at its best step size", xlabel="update", ylabel="share of the possible gain")
+    course.legend(ncol=2)
+    raw.set(title="at the same step size", xlabel="step size / T", ylabel="speed (mean gain over the run)")
+    matched.set(title="at the same size of update", xlabel="step size x mean token weight", ylabel="speed")
+    stationary.set(title="the quantity of the theorems", xlabel="step size x mean token weight", ylabel="mean ‖∇J‖² over the run")
+    for axes in (raw, matched, stationary):
+        log2_axis(axes)
+    return figure
+
+
+def staleness(results: Results, updates: int) -> plt.Figure:
+    figure, (speed, square, cosine, efficiency) = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    ks, rows = (1, 2, 4, 8, 16), results["staleness"]["rows"]
+    for name in ("grpo", "traj_is", "no_is", "grpo2", "tic_grpo"):
+        style = {"color": COLOURS[name], "label": name}
+        band(speed, list(ks), [rows[f"{name} K={k}"]["best"]["speed"] for k in ks], **style)
+        band(square, list(ks), [rows[f"{name} K={k}"]["best"]["gain"] for k in ks], **style)
+    speed.set(title="speed, at the best step size", xlabel="K")
+    square.set(title="final gain, at the best step size", xlabel="K")
+    log2_axis(speed, ks)
+    log2_axis(square, ks)
+    speed.legend()
+    found = results["estimators"]["rows"]
+    for name in dict.fromkeys(row["objective"] for row in found):
+        mine = [row for row in found if row["objective"] == name]
+        base, open_ended = name.split(",")[0], "," in name
+        style = {"color": COLOURS[base], "linestyle": "--" if open_ended else "-", "label": name, "marker": "o", "markersize": 3}
+        since = [row["updates_since_old"] for row in mine]
+        cosine.plot(since, [row["cosine"] for row in mine], **style)
+        efficiency.plot(since, [row["efficiency"] for row in mine], **style)
+    cosine.set(title="cosine of E[g] with ∇J(θ)", xlabel="updates since pi_old")
+    efficiency.set(title="efficiency of one mini-batch", xlabel="updates since pi_old")
+    efficiency.set_ylim(bottom=0)
+    efficiency.legend(fontsize=7)
+    return figure
+
+
+def ablations(results: Results, updates: int) -> plt.Figure:
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    variance, uncontrolled, groups, clips = axes
+    rows = results["length_variance"]["rows"]
+    for name in ("grpo", "dapo", "gspo"):
+        for kind, line in (("long_answers", "-"), ("independent", ":")):
+            labels = [f"{name} equal", *(f"{name} {kind} +-{spread}" for spread in (6, 12, 18))]
+            style = {"color": COLOURS[name], "linestyle": line, "label": f"{name}, {kind.replace('_', ' ')}"}
+            band(variance, [0, 6, 12, 18], [rows[label]["best"]["speed"] for label in labels], **style)
+    level = rows["tic_grpo equal"]["best"]["speed"][0]
+    variance.axhline(level, color=COLOURS["tic_grpo"], label="tic_grpo (does not change)")
+    variance.set(title="speed against the spread of lengths", xlabel="T_i = 30 ± ...")
+    rows = results["uncontrolled_ratio"]["rows"]
+    lines = {"two-sided": "-", "two-sided, no lower bound": "--", "up-only": "-.", "none": ":"}
+    for word, colour in (("token", COLOURS["grpo2"]), ("trajectory", COLOURS["tic_grpo"])):
+        for clip, line in lines.items():
+            points = rows[f"{word}: {clip}"]["points"]
+            style = {"color": colour, "linestyle": line, "label": f"{word}: {clip}"}
+            band(uncontrolled, [p["step"] for p in points], [p["speed"] for p in points], **style)
+    uncontrolled.set(title="speed by clip, K = 16", xlabel="step size x mean token weight")
+    log2_axis(uncontrolled)
+    sizes, rows = (2, 4, 8, 16, 32), results["group_size"]["rows"]
+    for baseline, colour in (("group", "#D55E00"), ("leave_one_out", "#0072B2"), ("running", "#009E73"), ("value", "#000000")):
+        intervals = [rows[f"{baseline} G={g}"]["best"]["speed"] for g in sizes]
+        band(groups, list(sizes), intervals, color=colour, label=baseline.replace("_", " "))
+    groups.set(title="speed against G, 32 responses per update", xlabel="G")
+    log2_axis(groups, sizes)
+    highs, rows = ("0.1", "0.28", "1.0", "inf"), results["clip_range"]["rows"]
+    for name in ("grpo", "traj_is", "gspo", "grpo2", "tic_grpo"):
+        intervals = [rows[f"{name} high={high}"]["best"]["speed"] for high in highs]
+        band(clips, list(range(len(highs))), intervals, color=COLOURS[name], label=name)
+    clips.set(title="speed against eps_high, K = 8", xlabel="eps_high")
+    clips.set_xticks(range(len(highs)), highs)
+    for one in axes:
+        one.legend(fontsize=6.5)
+    return figure
+
+
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[[Results, int], plt.Figure]]] = {
+    "hierarchy": (("hierarchy",), hierarchy),
+    "staleness": (("staleness", "estimators"), staleness),
+    "ablations": (("length_variance", "uncontrolled_ratio", "group_size", "clip_range"), ablations),
+}
+"""By name: the experiments needed, and the figure."""
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Write `convergence_<name>.png` for every figure whose experiments are there."""
+    with plt.rc_context(STYLE):
+        for name, (needed, make) in FIGURES.items():
+            if all(part in results for part in needed):
+                figure = make(results, results["settings"]["updates"])
+                figure.savefig(folder / f"convergence_{name}.png", dpi=110)
+                plt.close(figure)
