@@ -26,8 +26,8 @@ COMMAND = [sys.executable, "-m", "tic_megatron", "train"]
 TIMEOUT_S = 280
 
 
-def train(*arguments: str, expect: int = 0) -> str:
-    result = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def train(*arguments: str, expect: int = 0, timeout_s: float = TIMEOUT_S) -> str:
+    result = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert result.returncode == expect, f"{result.stdout}\n{result.stderr}\n{driver_log(arguments)}"
     return result.stdout
 

@@ -1,0 +1,102 @@
+"""Packing a rollout: everything exactly once, within the budget, balanced; and the learning-rate schedule beside it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tic_megatron.actors.schedule import learning_rate
+from tic_megatron.config import Settings
+from tic_megatron.data.packing import has_equal_rewards, pack_mini_batch, pack_rollout
+from tic_megatron.data.quality import TooManyBadTrajectoriesError, drop_bad_trajectories
+from tic_megatron.trajectory import Group, Prompt, Trajectory
+
+
+def group(number: int, prompt_length: int, responses: list[tuple[int, float]]) -> Group:
+    prompt = Prompt(f"p{number}", "", "", tuple(range(prompt_length)))
+    trajectories = [
+        Trajectory(prompt, [7] * n, [-1.0] * n, [1] * n, "", truncated=False, weight_version=0, reward=reward)
+        for n, reward in responses
+    ]
+    return Group(prompt, trajectories)
+
+
+groups_strategy = st.lists(
+    st.tuples(
+        st.integers(1, 30), st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.0, 0.7, 1.0])), min_size=2, max_size=6)
+    ),
+    min_size=1,
+    max_size=12,
+).map(lambda drawn: [group(i, prompt, responses) for i, (prompt, responses) in enumerate(drawn)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(groups_strategy, st.integers(1, 5), st.integers(90, 300), st.booleans())
+def test_every_trajectory_once_within_the_budget_and_balanced(groups, n_shards, budget, keep_all):
+    shards = pack_mini_batch(groups, n_shards, budget, keep_all=keep_all)
+    assert len(shards) == n_shards
+    packed = [t for shard in shards for m in shard.micro_batches for t in m.trajectories]
+    expected = [t for g in groups if keep_all or not has_equal_rewards(g) for t in g.trajectories]
+    assert sorted(map(id, packed)) == sorted(map(id, expected))
+    for shard in shards:
+        assert len(shard.micro_batches) == len(shards[0].micro_batches) >= 1
+        assert all(sum(len(t.tokens) for t in m.trajectories) <= budget for m in shard.micro_batches)
+        # The normaliser's totals count what was left out too, and are the same for every rank.
+        assert shard.n_trajectories == sum(len(g.trajectories) for g in groups)
+        assert shard.n_tokens == sum(len(t.response_ids) for g in groups for t in g.trajectories)
+    loads = [sum(len(t.tokens) for m in shard.micro_batches for t in m.trajectories) for shard in shards]
+    assert max(loads) - min(loads) <= max((len(t.tokens) for t in packed), default=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3))
+def test_mini_batches_are_consecutive_prompts_whatever_their_rewards(n_updates, n_shards):
+    groups = [group(i, 5, [(i + 1, 1.0), (2, 0.0)]) for i in range(n_updates * 3)]
+    shards = pack_rollout(groups, n_updates, n_shards, 100)
+    for k in range(n_updates):
+        prompts = {t.prompt.id for shard in shards for m in shard[k].micro_batches for t in m.trajectories}
+        assert prompts == {f"p{i}" for i in range(3 * k, 3 * k + 3)}
+
+
+def test_a_trajectory_beyond_the_budget_is_named():
+    with pytest.raises(ValueError, match=r"25 tokens \(prompt p3\)"):
+        pack_mini_batch([group(3, 5, [(20, 1.0), (2, 0.0)])], 1, 24)
+
+
+def test_equal_rewards_are_compared_not_their_mean():
+    assert has_equal_rewards(group(0, 1, [(1, 0.7)] * 16))
+    assert not has_equal_rewards(group(0, 1, [(1, 0.7)] * 15 + [(1, 0.7000001)]))
+
+
+def test_bad_trajectories_are_named_dropped_and_bounded():
+    def rollout():
+        groups = [group(i, 2, [(3, 1.0), (3, 0.0), (3, 0.0)]) for i in range(4)]
+        groups[1].trajectories[2].reward = float("nan")
+        groups[3].trajectories[0].inference_logprobs[1] = float("-inf")
+        return groups
+
+    groups = rollout()
+    lines = drop_bad_trajectories(groups, max_fraction=0.2)
+    assert len(lines) == 2 and "prompt p1, response 2: its reward is nan" in lines[0]
+    assert "prompt p3, response 0: the generator's log-prob of token 1 is -inf" in lines[1]
+    assert [len(g.trajectories) for g in groups] == [3, 2, 3, 2]
+
+    groups = rollout()
+    with pytest.raises(TooManyBadTrajectoriesError, match=r"2 of 12 .* prompt p1"):
+        drop_bad_trajectories(groups, max_fraction=0.1)
+    assert sum(len(g.trajectories) for g in groups) == 12
+
+
+@pytest.mark.parametrize(("decay", "last"), [("constant", 1e-4), ("linear", 1e-5 + 9e-5 / 90), ("cosine", 1e-5)])
+def test_learning_rate(decay, last):
+    s = Settings()
+    s.trainer.steps, s.trainer.updates_per_step = 25, 4
+    s.actor.learning_rate, s.actor.min_learning_rate, s.actor.lr_warmup_updates, s.actor.lr_decay = 1e-4, 1e-5, 10, decay
+    rates = [learning_rate(update, s) for update in range(100)]
+    assert rates[0] == pytest.approx(1e-5) and rates[9] == rates[10] == pytest.approx(1e-4)
+    assert all(a <= b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(last, rel=0.05)
