@@ -140,6 +140,31 @@ def coefficients(name: str, logprobs: Tensor, old: Tensor, mask: Tensor, advanta
     return torch.autograd.grad(value, leaf)[0]
 
 
+def score_weights(env: Environment, theta: Tensor, theta_old: Tensor) -> dict[str, Tensor]:
+    """What multiplies each token's score in one trajectory's gradient for an advantage of 1, without the length [n, T].
+
+    `none`: 1. `grpo2`, `tic_grpo`: the objectives' own, uncapped and `... capped` at 1.28. `root`: sqrt(W).
+    """
+    ones = torch.ones(len(env.responses), dtype=torch.float64)
+    batch = (env.logprobs(theta), env.logprobs(theta_old), env.mask, ones)
+
+    def own(name: str, eps: float) -> Tensor:  # times n: the mean over the batch, undone
+        return coefficients(name, *batch, max_response_tokens=1, eps_high=eps) * len(env.responses)
+
+    weights = {"none": env.mask.double(), "root": own("tic_grpo", INACTIVE).sqrt()}
+    for name in ("grpo2", "tic_grpo"):
+        weights |= {name: own(name, INACTIVE), f"{name} capped": own(name, 0.28)}
+    return weights
+
+
+def squared_norms(scores: Tensor, weights: Tensor, probabilities: Tensor) -> tuple[float, float]:
+    """The two sides of Property 4.1: (E |sum_t w_t s_t|^2, sum_t E |w_t s_t|^2); `scores` [n, T, parameters]."""
+    weighted = scores * weights[:, :, None]
+    whole = weighted.sum(dim=1).square().sum(dim=1)
+    tokens = weighted.square().sum(dim=(1, 2))
+    return (probabilities @ whole).item(), (probabilities @ tokens).item()
+
+
 def relative_distance(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|."""
     return ((a - b).norm() / b.norm()).item()

@@ -5,7 +5,6 @@ from itertools import combinations
 import pytest
 import torch
 
-from tests.theory.distances import measure
 from tests.theory.enumerable import (
     Environment,
     coefficients,
@@ -15,6 +14,7 @@ from tests.theory.enumerable import (
     relative_distance,
     surrogate_gradient,
 )
+from tests.theory.report import measure
 from tic_megatron.algorithms import OBJECTIVES
 
 EXACT = 1e-10
