@@ -16,6 +16,7 @@ from tic_megatron.commands import COMMANDS
 from tic_megatron.commands.arguments import build_parser, read_settings
 from tic_megatron.commands.preflight import preflight
 from tic_megatron.config import Settings
+from tic_megatron.config_checks import check_settings
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart"
 
@@ -116,7 +117,7 @@ def test_a_folder_that_exists_is_left_alone(task):
 def test_quickstart_settings_fit_the_task(task):
     """The settings pass every check that `tic-megatron train` makes before it starts."""
     settings = read_train_settings(task)
-    settings.validate()
+    check_settings(settings)
     inputs = preflight(settings.resolve())
     assert (len(inputs.train_prompts), len(inputs.eval_prompts), inputs.warnings) == (9500, 500, [])
     assert (settings.world_size, settings.data_parallel_size) == (2, 1)

@@ -15,6 +15,7 @@ from tests.workspace import make_workspace, refusal, settings_of, write_rows
 from tic_megatron.cli import main
 from tic_megatron.commands.preflight import preflight
 from tic_megatron.config import SettingsError
+from tic_megatron.config_checks import check_settings
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_unreachable_hub_name_is_one_line(workspace, capsys, monkeypatch):
 def checked(workspace, *flags):
     """What preflight makes of a good command line."""
     settings = settings_of(*workspace.base[1:], *flags)
-    settings.validate()
+    check_settings(settings)
     settings = settings.resolve()
     return settings, preflight(settings)
 

@@ -311,12 +311,6 @@ class Settings:
             settings.rollout.precision = settings.actor.precision
         return settings
 
-    def validate(self) -> None:
-        """Check everything that can be checked without files; raises SettingsError for the first thing that is wrong."""
-        from tic_megatron.config_checks import check_settings  # it imports this module
-
-        check_settings(self)
-
 
 def _absolute(path: str) -> str:
     return os.path.abspath(Path(path).expanduser())

@@ -10,6 +10,7 @@ from typing import Any
 from tic_megatron.commands.preflight import TrainInputs, preflight
 from tic_megatron.commands.run_folder import has_trained
 from tic_megatron.config import Settings, SettingsError
+from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
@@ -17,7 +18,7 @@ from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
 
 def run(settings: Settings) -> int:
     """Train; returns the exit code. Raises SettingsError before anything has started when the input is bad."""
-    settings.validate()
+    check_settings(settings)
     settings = settings.resolve()
     inputs = preflight(settings)
     folder = _make_run_folder(settings)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from tic_megatron.observability.logs import redirect_output
 from tic_megatron.rollout.requests import Sample, SampleRequest, SampleResponse
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ class EngineWorker:
 
     def __init__(self, options: EngineOptions) -> None:
         redirect_output(options.log_file)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         os.environ.update(_environment(options))
         from vllm import LLM
 
@@ -130,17 +128,6 @@ class EngineWorker:
     def shutdown(self) -> None:
         """End the tensor-parallel processes and free the memory."""
         self._llm.llm_engine.engine_core.shutdown()
-
-
-def redirect_output(log_file: str | Path) -> None:
-    """Send all that this process and its children print, from now on, to the end of `log_file`."""
-    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _environment(options: EngineOptions) -> dict[str, str]:
