@@ -49,6 +49,8 @@ def start_cluster(settings: Settings) -> Iterator[Cluster]:
     """
     local = settings.cluster.address is None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray gives its workers a low priority (nice 15): beside anything else on a shared machine, training would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray would hide the GPUs from the engines, which take none of its own but share the actors'.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
