@@ -67,6 +67,33 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
     return results
 
 
+def nothing_to_learn(rank: int, world_size: int, master: str, model: str, layouts: list[dict]) -> list:
+    """Two updates on groups of equal rewards, for each layout: every micro-batch is empty. This rank's statistics."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+
+    results = []
+    for i, layout in enumerate(layouts):
+        settings = layout_settings(world_size, objective="tic_grpo", distributed=True, **layout)
+        if i == 0:
+            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+        else:
+            runtime.arrange(settings.actor, seed=0)
+        backend = MegatronBackend(settings, model, device)
+        before = [p.detach().clone() for p in backend.model.parameters()]
+        groups = rollout(backend.hf.vocab_size)
+        for trajectory in (t for group in groups for t in group.trajectories):
+            trajectory.reward = trajectory.advantage = 0.0
+        step = PolicyStep(backend, settings)
+        step.load(pack_rollout(groups, 2, settings.data_parallel_size, 300)[backend.data_parallel_rank])
+        step.old_logprobs(check_noise=True)
+        stats = [step.update(k) for k in range(2)]
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+        results.append((stats, unchanged))
+    return results
+
+
 def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[float]:
     """max |L| at theta_old with the packing kept, and with another packing between the two passes."""
     from tic_megatron.actors.megatron import runtime

@@ -161,6 +161,17 @@ def test_distributed_optimizer_takes_the_same_steps(models):
         assert relative_error(parameters[name], expected) < 1e-4, name
 
 
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, [{}]), (2, [{"tp": 2}, {"pp": 2}, {}])])
+def test_a_rollout_that_teaches_nothing_changes_nothing(models, world_size, layouts):
+    ranks = run_ranks(
+        "tests.megatron_ranks:nothing_to_learn", world_size=world_size, timeout_s=120, model=models["tied"], layouts=layouts
+    )
+    for rank in ranks:
+        for stats, unchanged in rank:
+            assert unchanged
+            assert all(s.result.applied and s.result.grad_norm == 0.0 and s.log_ratio == [] for s in stats if s is not None)
+
+
 def test_log_ratio_at_the_old_policy_is_zero_only_with_the_packing_kept(models):
     kept, repacked = run_ranks("tests.megatron_ranks:repacked_noise", world_size=1, timeout_s=120, model=models["tied"])[0]
     assert kept == 0.0

@@ -102,7 +102,7 @@ def _all_gather(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or group.size() == 1:
         return stats[None]
     gathered = stats.new_empty((group.size(), *stats.shape))
-    dist.all_gather_into_tensor(gathered.view(-1, stats.shape[-1]), stats, group=group)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), stats, group=group)
     return gathered
 
 
