@@ -1,5 +1,6 @@
 """What the expected gradient of each objective is, away from the old policy and at it."""
 
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -62,19 +63,6 @@ def test_grpo2_follows_the_surrogate(setting):
     assert relative_distance(gradient, policy_gradient(env, theta_old)) > 0.1
 
 
-def test_which_gradient_the_surrogate_is_nearer_to_depends_on_length_and_direction():
-    """Neither "GRPO estimates the old gradient" nor "the current one": the table of docs/theory.md, in small."""
-
-    def nearer_to_current(max_tokens: int, direction: str) -> float:
-        found = [measure(seed, max_tokens, direction=direction, spread=0.1) for seed in range(20)]
-        return sum(d.nearer_to_current for d in found) / len(found)
-
-    single = measure(0, 1, direction="random", spread=0.5)
-    assert single.to_current < EXACT < single.to_old  # one token: the surrogate is the objective
-    assert nearer_to_current(2, "random") > 0.75
-    assert nearer_to_current(6, "ascent") < 0.5
-
-
 def test_division_by_the_length_changes_the_reward_that_is_followed(setting):
     """grpo and traj_is follow the surrogate and the policy gradient of another reward: (r - b) / T_i."""
     env, theta, theta_old, advantages = setting
@@ -83,6 +71,22 @@ def test_division_by_the_length_changes_the_reward_that_is_followed(setting):
     torch.testing.assert_close(grpo, surrogate_gradient(env, theta, theta_old, other), rtol=0, atol=EXACT)
     traj_is = expected_gradient(env, "traj_is", theta, theta_old, advantages)
     torch.testing.assert_close(traj_is, policy_gradient(env, theta, other), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.28, 1.0])
+def test_the_clip_costs_exactly_the_capped_part(setting, eps):
+    """bias = -(1/T) sum_tau P_theta(tau) 1{W > 1 + eps} (r - b) grad log P_theta(tau)."""
+    env, theta, theta_old, advantages = setting
+    new, old = env.logprobs(theta), env.logprobs(theta_old).detach()
+    capped = (new.detach() - old).sum(dim=1).exp() > 1 + eps
+    assert 0.02 < env.probabilities(theta).detach()[capped].sum() < 0.98
+    probability = env.probabilities(theta).detach()
+    lost = torch.where(capped, probability * advantages, 0.0) @ new.sum(dim=1) / env.max_tokens
+    bias = -torch.autograd.grad(lost, theta)[0]
+    clipped = expected_gradient(env, "tic_grpo", theta, theta_old, advantages, eps_high=eps)
+    truth = policy_gradient(env, theta) / env.max_tokens
+    torch.testing.assert_close(clipped - truth, bias, rtol=0, atol=EXACT)
+    assert bias.norm() > 1e-3
 
 
 def test_at_the_old_policy_expected_gradients(setting):
@@ -96,6 +100,7 @@ def test_at_the_old_policy_expected_gradients(setting):
         assert cosine(expected_gradient(env, name, theta, theta, advantages), truth) < 0.995, f"{name} is parallel to the truth"
 
 
+@cache
 def sampled_batch(seed: int, *, moved: bool):
     """A mini-batch of 64 trajectories: log-probs, old log-probs, mask, advantages of mean 0."""
     env = Environment(seed)
@@ -145,17 +150,14 @@ def test_dapo_is_tic_grpo_by_the_mean_length():
         torch.testing.assert_close(dapo, tic_grpo * (mask.shape[0] * 4 / int(mask.sum())), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.28, 1.0])
-def test_the_clip_costs_exactly_the_capped_part(setting, eps):
-    """bias = -(1/T) sum_tau P_theta(tau) 1{W > 1 + eps} (r - b) grad log P_theta(tau)."""
-    env, theta, theta_old, advantages = setting
-    new, old = env.logprobs(theta), env.logprobs(theta_old).detach()
-    capped = (new.detach() - old).sum(dim=1).exp() > 1 + eps
-    assert 0.02 < env.probabilities(theta).detach()[capped].sum() < 0.98
-    probability = env.probabilities(theta).detach()
-    lost = torch.where(capped, probability * advantages, 0.0) @ new.sum(dim=1) / env.max_tokens
-    bias = -torch.autograd.grad(lost, theta)[0]
-    clipped = expected_gradient(env, "tic_grpo", theta, theta_old, advantages, eps_high=eps)
-    truth = policy_gradient(env, theta) / env.max_tokens
-    torch.testing.assert_close(clipped - truth, bias, rtol=0, atol=EXACT)
-    assert bias.norm() > 1e-3
+def test_which_gradient_the_surrogate_is_nearer_to_depends_on_length_and_direction():
+    """Neither "GRPO estimates the old gradient" nor "the current one": the table of docs/theory.md, in small."""
+
+    def nearer_to_current(max_tokens: int, direction: str) -> float:
+        found = [measure(seed, max_tokens, direction=direction, spread=0.1) for seed in range(20)]
+        return sum(d.nearer_to_current for d in found) / len(found)
+
+    single = measure(0, 1, direction="random", spread=0.5)
+    assert single.to_current < EXACT < single.to_old  # one token: the surrogate is the objective
+    assert nearer_to_current(2, "random") > 0.75
+    assert nearer_to_current(6, "ascent") < 0.5
