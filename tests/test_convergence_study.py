@@ -29,6 +29,7 @@ from benchmarks.convergence.environment import (
     return_and_gradient,
     sample,
 )
+from benchmarks.convergence.length_bias import expected_gradient
 from tic_megatron.algorithms import OBJECTIVES, clips, normalisers, policy_objective, ratios
 from tic_megatron.algorithms.objectives import Objective
 
@@ -134,6 +135,24 @@ def test_uncapped_tic_grpo_points_along_the_gradient_at_the_current_policy():
     assert ((found - exact).flatten(1).norm(dim=1) < 0.08 * exact.flatten(1).norm(dim=1)).all()
 
 
+def test_expected_gradient_of_a_length_normalised_objective():
+    task = small_task(positions=4, seeds=2)
+    table = logprob_table(task, moved(task, 12, 0.5))
+    lengths = torch.tensor([3.0, 4.0, 8.0, 9.0], dtype=torch.float64)
+    expected = expected_gradient(task, table, lengths)
+    # The same by sampling, through the objective itself with the exact baseline.
+    run = Run(OBJECTIVES["no_is"], 1.0, groups=20_000, group_size=4, updates_per_refresh=1)
+    batch = draw_batches(run, task, table, Advantages("value", task), seeded(13))[0]
+    batch = replace(batch, lengths=lengths.long()[batch.samples.lengths - 1])
+    found = objective_gradient(run, table, table, batch).table
+    found, expected = to_parameters(task, table, found), to_parameters(task, table, expected)
+    plain = to_parameters(task, table, return_and_gradient(task, table)[1] / 5)
+    of_equal_lengths = expected_gradient(task, table, torch.full((4,), 5.0, dtype=torch.float64))
+    torch.testing.assert_close(to_parameters(task, table, of_equal_lengths), plain, rtol=0, atol=1e-12)
+    assert ((found - expected).flatten(1).norm(dim=1) < 0.04 * expected.flatten(1).norm(dim=1)).all()
+    assert ((found - plain).flatten(1).norm(dim=1) > 0.06 * expected.flatten(1).norm(dim=1)).all()
+
+
 def test_group_mean_is_leave_one_out_with_a_smaller_step():
     task = small_task(positions=6)
     run = Run(OBJECTIVES["tic_grpo"], 60.0, updates=12, updates_per_refresh=4, group_size=4)
@@ -169,7 +188,7 @@ def test_mean_token_weight():
 def test_script_and_report_run(tmp_path):
     out, page = tmp_path / "results.json", tmp_path / "theory.md"
     page.write_text("before\n<!-- table hierarchy -->\n<!-- end -->\nafter\n")
-    study.main(["--quick", "--out", str(out), "--only", "estimators", "hierarchy"])
+    study.main(["--quick", "--out", str(out), "--only", "estimators", "length_bias", "hierarchy"])
     results = json.loads(out.read_text())
     assert set(results["hierarchy"]["rows"]) == set(OBJECTIVES)
     report.main(["--results", str(out), "--page", str(page), "--figures", str(tmp_path)])

@@ -79,13 +79,17 @@ def logprob_table(task: Task, theta: Tensor) -> Tensor:
     return torch.log_softmax(logits + base, dim=1)
 
 
-def prompt_values(task: Task, table: Tensor) -> Tensor:
-    """Expected reward of each prompt [S, prompts], summed exactly by recursion from the last position back."""
+def prompt_values(task: Task, table: Tensor, rewards: Tensor | None = None, cut: Tensor | None = None) -> Tensor:
+    """Expected reward of each prompt [S, prompts], summed exactly by recursion from the last position back.
+
+    `rewards` in place of the task's; `cut` [S, prompts]: what a response that never stops earns, 0 by default.
+    """
+    rewards = task.rewards if rewards is None else rewards
     probabilities = table.exp().view(task.seeds, VOCABULARY, task.prompts, task.positions, RESIDUES)
-    after = torch.zeros_like(task.rewards[:, :, 0])  # a response that is cut earns 0
+    after = torch.zeros_like(rewards[:, :, 0]) if cut is None else cut[..., None].expand_as(rewards[:, :, 0])
     for position in reversed(range(task.positions)):
         here = probabilities[:, :, :, position]
-        after = here[:, STOP] * task.rewards[:, :, position] + sum(
+        after = here[:, STOP] * rewards[:, :, position] + sum(
             here[:, letter] * after.roll(-step, dims=-1) for letter, step in enumerate(STEPS)
         )
     return after[:, :, 0]

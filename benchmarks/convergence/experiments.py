@@ -13,7 +13,7 @@ RUNS = {name: Run(objective, UNSET) for name, objective in OBJECTIVES.items()}
 """Every preset with its own clip range; the step size is set by the study."""
 
 FULL_GRID = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-GRID = (4.0, 8.0, 16.0, 32.0)
+GRID = (4.0, 8.0, 16.0, 32.0, 64.0)
 MATCHED = 8.0
 
 
@@ -70,7 +70,7 @@ def factorial(k: int) -> Experiment:
             pairs.append((" ".join((ratio_name, "up-only", weight_name)), this))
         if weight_name == "1/T_i":
             pairs.append((" ".join((ratio_name, clip_name, "1/T")), this))
-    return Experiment(f"factorial_k{k}", variants, tuple(pairs))
+    return Experiment(f"factorial_k{k}", variants, tuple(pairs), GRID[1:])
 
 
 def staleness() -> Experiment:
@@ -80,7 +80,7 @@ def staleness() -> Experiment:
     for k in (1, 2, 4, 8, 16):
         variants += [Variant(f"{n} K={k}", replace(RUNS[n], updates_per_refresh=k)) for n in names]
         pairs += [(f"{a} K={k}", f"{b} K={k}") for a, b in (("grpo2", "grpo"), ("tic_grpo", "grpo2"), ("tic_grpo", "no_is"))]
-    return Experiment("staleness", tuple(variants), tuple(pairs), (2.0, *GRID))
+    return Experiment("staleness", tuple(variants), tuple(pairs))
 
 
 def response_length() -> Experiment:
@@ -89,7 +89,7 @@ def response_length() -> Experiment:
     for positions in (6, 12, 24):
         variants += [Variant(f"{n} T={positions}", replace(RUNS[n], updates_per_refresh=8), positions) for n in names]
         pairs += [(f"{a} T={positions}", f"{b} T={positions}") for a, b in (("grpo2", "grpo"), ("tic_grpo", "grpo2"))]
-    return Experiment("response_length", tuple(variants), tuple(pairs))
+    return Experiment("response_length", tuple(variants), tuple(pairs), GRID[1:])
 
 
 def length_variance() -> Experiment:
@@ -104,7 +104,7 @@ def length_variance() -> Experiment:
         if (spread, kind) in ((0, "long_answers"), (18, "long_answers")):  # T_i does not enter: equal to the last digit
             variants.append(Variant(f"tic_grpo {word}", replace(RUNS["tic_grpo"], lengths=lengths)))
     pairs.append(("tic_grpo long_answers +-18", "tic_grpo equal"))
-    return Experiment("length_variance", tuple(variants), tuple(pairs), (4.0, 8.0, 16.0))
+    return Experiment("length_variance", tuple(variants), tuple(pairs), GRID[1:4])
 
 
 def uncontrolled_ratio() -> Experiment:
@@ -125,7 +125,7 @@ def uncontrolled_ratio() -> Experiment:
         variants += [Variant(f"{word}: {label}", run) for label, run in rows.items()]
         labels = [f"{word}: {label}" for label in rows]
         pairs += [(labels[3], labels[0]), (labels[2], labels[0]), (labels[3], labels[2]), (labels[3], labels[4])]
-    return Experiment("uncontrolled_ratio", tuple(variants), tuple(pairs), (8.0, 16.0, 32.0, 64.0))
+    return Experiment("uncontrolled_ratio", tuple(variants), tuple(pairs))
 
 
 def group_size() -> Experiment:
@@ -136,7 +136,7 @@ def group_size() -> Experiment:
         variants += [Variant(f"{baseline} G={g}", replace(run, baseline=baseline)) for baseline in BASELINES]
         pairs += [(f"leave_one_out G={g}", f"group G={g}")]
         pairs += [(f"{baseline} G={g}", f"leave_one_out G={g}") for baseline in ("running", "value")]
-    return Experiment("group_size", tuple(variants), tuple(pairs), (8.0, 16.0, 32.0))
+    return Experiment("group_size", tuple(variants), tuple(pairs))
 
 
 def clip_range() -> Experiment:
@@ -150,7 +150,7 @@ def clip_range() -> Experiment:
         run = replace(RUNS[name], updates_per_refresh=8, eps_high=0.28)
         variants += [Variant(f"{name} low={low}", replace(run, eps_low=low)) for low in (0.0, 0.2, 1.0)]
         pairs += [(f"{name} low={low}", f"{name} low=0.2") for low in (0.0, 1.0)]
-    return Experiment("clip_range", tuple(variants), tuple(pairs), (8.0, 16.0, 32.0))
+    return Experiment("clip_range", tuple(variants), tuple(pairs))
 
 
 def all_experiments() -> dict[str, Experiment]:

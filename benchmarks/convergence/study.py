@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.convergence.ascent import Run, Trace, ascend, mean_token_weight, to_parameters
+from benchmarks.convergence.ascent import MEASURE_EVERY, Run, Trace, ascend, mean_token_weight, to_parameters
 from benchmarks.convergence.environment import Task, logprob_table, make_task, return_and_gradient
 from benchmarks.convergence.estimators import estimator_quality
 from benchmarks.convergence.experiments import MATCHED, Experiment, Variant, all_experiments
+from benchmarks.convergence.length_bias import length_bias
 
 SEEDS, UPDATES, FOLDS = 160, 192, 4
 CURVE_POINTS = 25
 METRICS = ("speed", "gain", "stationarity")
-DETAILS = ("length_std", "largest", "uncontrolled", "capped")
+DETAILS = ("length_std", "largest", "peak", "uncontrolled", "capped")
 STUDENT_T = 1.97
 """Two-sided 95%, for about 159 degrees of freedom."""
 
@@ -96,7 +97,7 @@ def summarise(trace: Trace, reachable: Tensor) -> Outcome:
     return {
         "speed": gained.mean(dim=1),
         "gain": gained[:, -1],
-        "half": torch.where(reached.any(dim=1), reached.double().argmax(dim=1).double(), float("inf")),
+        "half": torch.where(reached.any(dim=1), MEASURE_EVERY * reached.double().argmax(dim=1), float("inf")),
         "stationarity": trace.gradient_squared.mean(dim=1),
         "length_std": trace.length_std,
         "curve": gained[:, shown],
@@ -116,6 +117,16 @@ def interval(values: Tensor) -> list[float]:
 def intervals(outcome: Outcome, other: Outcome | None = None) -> dict[str, list[float]]:
     """Of the headline metrics, or of their paired differences from another run's."""
     return {m: interval(outcome[m] - other[m] if other else outcome[m]) for m in METRICS}
+
+
+def point(step: float, step_size: float, outcome: Outcome) -> dict[str, object]:
+    """The headline of a run at one step size, and how large its ratios grew."""
+    return {
+        "step": short(step),
+        "step_size": short(step_size),
+        **intervals(outcome),
+        "peak": short(outcome["peak"].mean().item()),
+    }
 
 
 def row(outcome: Outcome) -> dict[str, object]:
@@ -141,13 +152,11 @@ def measure(laboratory: Laboratory, experiment: Experiment) -> dict[str, object]
         rows[variant.label] = {
             "best_steps": dict(Counter(experiment.steps[i] for i in chosen)),
             "best": row(best),
-            "points": [
-                {"step": short(size * weight), "step_size": short(size), **intervals(laboratory.outcome(variant, size))}
-                for size in sorted(sizes + raw)
-            ],
+            "points": [point(size * weight, size, laboratory.outcome(variant, size)) for size in sorted(sizes + raw)],
         }
         outcomes[variant.label] = {"best": best, "matched": laboratory.outcome(variant, MATCHED / weight)}
-        outcomes[variant.label] |= {f"step size {size:g}": laboratory.outcome(variant, size) for size in raw}
+        for size in raw:
+            outcomes[variant.label][f"step size {size / variant.positions:g} T"] = laboratory.outcome(variant, size)
         print(experiment.name, variant.label, rows[variant.label]["best_steps"], interval(best["speed"]), flush=True)
     found = [
         {"a": a, "b": b, "at": mode, **intervals(outcomes[a][mode], outcomes[b][mode])}
@@ -164,13 +173,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of experiments, all by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    laboratory = Laboratory(12, 16) if options.quick else Laboratory(SEEDS, UPDATES)
+    laboratory = Laboratory(12, 9) if options.quick else Laboratory(SEEDS, UPDATES)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     experiments = all_experiments()
-    for name in options.only or ["estimators", *experiments]:
+    for name in options.only or ["estimators", "length_bias", *experiments]:
         begun = time.process_time()
         if name == "estimators":
             results[name] = estimator_quality(laboratory.task(12)[0], mini_batches=8 if options.quick else 128)
+        elif name == "length_bias":
+            results[name] = length_bias(*laboratory.task(12), updates=20 if options.quick else 800)
         else:
             experiment = experiments[name]
             results[name] = measure(laboratory, replace(experiment, steps=experiment.steps[:2]) if options.quick else experiment)

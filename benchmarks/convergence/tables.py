@@ -43,7 +43,7 @@ def rows_at_best(results: dict, code: bool = True) -> str:
             plus_minus(best["gain"]),
             "never" if half is None else f"{half:.0f}",
             plus_minus(best["stationarity"], 1e3, 2),
-            f"{best['largest']:.2f}",
+            f"{best['peak']:.1f}",
             f"{100 * best['uncontrolled']:.1f} / {100 * best['capped']:.1f}",
         ]
 
@@ -137,6 +137,16 @@ def factorial_effects(results: Results) -> str:
     return markdown(("change", "the rest", "K = 4: speed", "final gain", "K = 16: speed", "final gain"), rows)
 
 
+def length_bias(results: dict) -> str:
+    rows = []
+    for label, row in results["rows"].items():
+        cosines = [f"{cosine:.2f}" for cosine in row["cosine"].values()]
+        stationarity = f"{row['late_stationarity'] * 1e6:.2f}"
+        rows.append([label.replace("+-", "± "), *cosines, f"{row['speed']:.3f}", f"{row['gain']:.3f}", stationarity])
+    after = [f"after {update}" for update in next(iter(results["rows"].values()))["cosine"]]
+    return markdown(("T_i", *(f"cosine {a}" for a in after), "speed", "final gain", "late ‖∇J‖² x 10⁶"), rows)
+
+
 def lengths(results: dict) -> str:
     """Spread x objective: difference from equal lengths, at the best step and at the matched one."""
     words = [f"{kind} +-{spread}" for kind in ("independent", "long_answers") for spread in (6, 12, 18)]
@@ -152,19 +162,15 @@ def lengths(results: dict) -> str:
 
 
 def uncontrolled(results: dict) -> str:
-    """Speed at every step size, and how large the ratio grew at the best one."""
-    grid = (8.0, 16.0, 32.0, 64.0)
-    rows = [
-        [
-            label,
-            *(plus_minus(at_step(row, step)["speed"]) for step in grid),
-            plus_minus(row["best"]["speed"]),
-            f"{row['best']['largest']:.2f}",
-            f"{100 * row['best']['uncontrolled']:.1f}",
-        ]
-        for label, row in results["rows"].items()
-    ]
-    return markdown(("clip", *(f"step {s:g}" for s in grid), "best step", "largest ratio, A < 0", "above cap, A < 0, %"), rows)
+    """Speed at every step size, with the largest ratio (A < 0) of the run; and at the best step size."""
+    grid = (4.0, 8.0, 16.0, 32.0, 64.0)
+
+    def cell(row: dict, step: float) -> str:
+        found = at_step(row, step)
+        return f"{plus_minus(found['speed'])} ({found['peak']:.0f})"
+
+    rows = [[label, *(cell(row, s) for s in grid), plus_minus(row["best"]["speed"])] for label, row in results["rows"].items()]
+    return markdown(("clip", *(f"step {s:g}" for s in grid), "best step"), rows)
 
 
 def groups(results: dict) -> str:
@@ -216,6 +222,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "staleness": (("staleness",), lambda r: staleness(r["staleness"])),
     "staleness stationarity": (("staleness",), lambda r: staleness_stationarity(r["staleness"])),
     "response_length": (("response_length",), lambda r: lengths_of_responses(r["response_length"])),
+    "length_bias": (("length_bias",), lambda r: length_bias(r["length_bias"])),
     "length_variance": (("length_variance",), lambda r: lengths(r["length_variance"])),
     "uncontrolled_ratio": (("uncontrolled_ratio",), lambda r: uncontrolled(r["uncontrolled_ratio"])),
     "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"], ("best",))),
