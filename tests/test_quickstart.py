@@ -65,5 +65,6 @@ def test_real_problems_run_from_start_to_end(tmp_path):
         subprocess.run(["python", str(script), "--out", str(task), "--seed", "0"], check=True, timeout=600)
     config = "examples/quickstart/quickstart.yaml"
     output = train(*("--config", config, f"--data.train={AIME}", "--trainer.steps", "2", f"--run.dir={tmp_path}"), timeout_s=800)
-    assert "No response was ever rewarded" in output or read_metrics(tmp_path / "metrics.jsonl")[0]["reward/mean"] > 0
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    rewards = [row["reward/mean"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(rewards) == 2 and max(rewards) < 0.1
+    assert ("No response was ever rewarded" in output) == (max(rewards) == 0.0)
