@@ -66,5 +66,5 @@ def test_real_problems_run_from_start_to_end(tmp_path):
     config = "examples/quickstart/quickstart.yaml"
     output = train(*("--config", config, f"--data.train={AIME}", "--trainer.steps", "2", f"--run.dir={tmp_path}"), timeout_s=800)
     rewards = [row["reward/mean"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    assert len(rewards) == 2 and max(rewards) < 0.1
-    assert ("No response was ever rewarded" in output) == (max(rewards) == 0.0)
+    assert len(rewards) == 2 and max(rewards) < 0.01
+    assert "No response was ever rewarded" in output or "Hardly any response was rewarded" in output

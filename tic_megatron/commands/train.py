@@ -15,6 +15,9 @@ from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
 
+HARDLY_REWARDED = 0.01
+"""Mean reward below which, in every step, the end of a run says so."""
+
 
 def run(settings: Settings) -> int:
     """Train; returns the exit code. Raises SettingsError before anything has started when the input is bad."""
@@ -85,18 +88,17 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     table.add_row("outputs", str(folder))
     console = Console()
     console.print(table)
-    if never_rewarded(folder / METRICS_FILE):
+    rewards = [row["reward/mean"] for row in read_metrics(folder / METRICS_FILE)]
+    if rewards and max(rewards) < HARDLY_REWARDED:
+        learned = "No response was ever rewarded, so the model has learned nothing"
+        if any(rewards):
+            learned = (
+                f"Hardly any response was rewarded (mean reward at most {max(rewards):.4f}), so there was little to learn from"
+            )
         console.print(
-            "No response was ever rewarded, so the model has learned nothing: every group's advantages were zero. The problems "
-            "may be too hard for it, or the answers not in the form that the grader reads; see the samples in "
-            f"{folder / ROLLOUTS_FOLDER}."
+            f"{learned}: a group of equal rewards has no advantages. The problems may be too hard for the model, or its answers "
+            f"not in the form that the grader reads; see the samples in {folder / ROLLOUTS_FOLDER}."
         )
-
-
-def never_rewarded(metrics: Path) -> bool:
-    """Whether the mean reward was 0 in every step of `metrics.jsonl` (of which there is at least one)."""
-    rewards = [row["reward/mean"] for row in read_metrics(metrics)]
-    return bool(rewards) and not any(rewards)
 
 
 def _accuracy(value: float | None) -> str:
