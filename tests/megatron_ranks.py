@@ -6,7 +6,7 @@ import torch
 
 from tests.rollouts import random_rollout
 from tic_megatron.config import AlgorithmSettings, Settings
-from tic_megatron.data.packing import pack_rollout
+from tic_megatron.data.packing import Packing, pack_mini_batch, pack_rollout
 
 
 def layout_settings(
@@ -48,8 +48,7 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
         backend = MegatronBackend(settings, model, device)
         groups = rollout(backend.hf.vocab_size)
         step = PolicyStep(backend, settings)
-        budget, keep_all = settings.actor.max_tokens_per_microbatch, settings.algorithm.has_penalty
-        shards = pack_rollout(groups, 2, settings.data_parallel_size, budget, keep_all=keep_all)
+        shards = pack_rollout(groups, 2, Packing.of(settings))
         step.load(shards[backend.data_parallel_rank])
         step.old_logprobs(check_noise=True)
         stats0, stats1 = step.update(0), step.update(1)
@@ -81,15 +80,15 @@ def nothing_to_learn(rank: int, world_size: int, master: str, model: str, layout
         else:
             runtime.arrange(settings.actor, seed=0)
         backend = MegatronBackend(settings, model, device)
-        before = [p.detach().clone() for p in backend.model.parameters()]
+        before = [p.detach().clone() for p in backend.model_parts[0].parameters()]
         groups = rollout(backend.hf.vocab_size)
         for trajectory in (t for group in groups for t in group.trajectories):
             trajectory.reward = trajectory.advantage = 0.0
         step = PolicyStep(backend, settings)
-        step.load(pack_rollout(groups, 2, settings.data_parallel_size, 300)[backend.data_parallel_rank])
+        step.load(pack_rollout(groups, 2, Packing.of(settings))[backend.data_parallel_rank])
         step.old_logprobs(check_noise=True)
         stats = [step.update(k) for k in range(2)]
-        unchanged = all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, backend.model_parts[0].parameters(), strict=True))
         results.append((stats, unchanged))
     return results
 
@@ -99,24 +98,23 @@ def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep, pack_inputs
-    from tic_megatron.data.packing import pack_mini_batch
 
     settings = layout_settings(world_size, objective="tic_grpo")
     device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, model, device)
     groups = rollout(backend.hf.vocab_size)
     step = PolicyStep(backend, settings)
-    step.load(pack_mini_batch(groups, 1, 300))
+    step.load(pack_mini_batch(groups, Packing(1, 300)))
     step.old_logprobs(check_noise=True)
     kept = step.update(0).noise
 
     # The same trajectories, one per micro-batch: other shapes, other kernels.
     backend = MegatronBackend(settings, model, device)
     step = PolicyStep(backend, settings)
-    step.load(pack_mini_batch(groups, 1, 300))
+    step.load(pack_mini_batch(groups, Packing(1, 300)))
     for m, micro_batch in enumerate(step.mini_batches[0].micro_batches):
         alone = [type(micro_batch)([t]) for t in micro_batch.trajectories]
-        inputs = [pack_inputs(a, alignment=1, device=device) for a in alone]
+        inputs = [pack_inputs(a, device=device) for a in alone]
         step.old.setdefault(0, []).append(torch.cat(backend.forward(inputs)))
         assert step.old[0][m].shape == step.inputs[0][m].targets.shape
     return [kept, step.update(0).noise]
@@ -141,7 +139,7 @@ def logits(rank: int, world_size: int, master: str, models: list[str], token_ids
     for model in models:
         backend = MegatronBackend(settings, model, device)
         with torch.no_grad():
-            outputs.append(backend.model(ids, torch.arange(n)[None], attention_mask=None, packed_seq_params=packed)[0])
+            outputs.append(backend.model_parts[0](ids, torch.arange(n)[None], attention_mask=None, packed_seq_params=packed)[0])
     return outputs
 
 
@@ -155,10 +153,10 @@ def parameters_seen(rank: int, world_size: int, master: str, model: str, precisi
     device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, model, device)
     step = PolicyStep(backend, settings)
-    step.load(pack_rollout(rollout(backend.hf.vocab_size)[:8], 4, 1, 300)[0])
+    step.load(pack_rollout(rollout(backend.hf.vocab_size)[:8], 4, Packing(1, 300))[0])
 
     def snapshot() -> list[torch.Tensor]:
-        return [p.detach().clone() for p in backend.model.parameters()]
+        return [p.detach().clone() for p in backend.model_parts[0].parameters()]
 
     seen, run_schedule = [], backend._run_schedule
     before = snapshot()

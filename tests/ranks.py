@@ -1,12 +1,15 @@
-"""Runs a function on several ranks, each in a fresh process, bounded in time.
+"""Processes that run functions as the ranks of a job: started once, used by many tests, bounded in time.
 
-    run_ranks("tests.megatron_ranks:gradients", world_size=2, timeout_s=120, model="...") -> [result of rank 0, of rank 1]
+    with RankPool() as pool:
+        pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[...])  # -> [result of rank 0, of rank 1]
 
-The function is called as `function(rank, world_size, master, **kwargs)`. When time runs out every rank prints its stacks.
+The function is called as `function(rank, world_size, master, **kwargs)`; its process group is destroyed afterwards. When time
+runs out, or a rank fails, every rank's stacks and output are shown, and the processes are replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -16,9 +19,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+START_S = 120
+"""A process of a new rank has so long to import what it needs and answer."""
 
 
 def free_port() -> int:
@@ -27,36 +36,115 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(function: str, *, world_size: int, timeout_s: float, **kwargs) -> list:
-    master = f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(world_size):
-            job = (function, rank, world_size, master, timeout_s, kwargs)
-            Path(folder, f"in{rank}").write_bytes(pickle.dumps(job))
-            command = [sys.executable, "-m", "tests.ranks", f"{folder}/in{rank}", f"{folder}/out{rank}"]
-            with Path(folder, f"log{rank}").open("w") as log:
-                ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True))
+@dataclass
+class _Rank:
+    process: subprocess.Popen
+    connection: Connection
+    log: Path
+
+
+class RankPool:
+    """Grows to the largest world size asked for."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self.ranks: list[_Rank] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.stop()
+        self.folder.cleanup()
+
+    def run(self, function: str, *, world_size: int, timeout_s: float, **kwargs) -> list:
+        self._grow(world_size)
+        master, ranks = f"127.0.0.1:{free_port()}", self.ranks[:world_size]
+        for number, rank in enumerate(ranks):
+            rank.connection.send_bytes(pickle.dumps((function, number, world_size, master, kwargs)))
+        deadline = time.monotonic() + timeout_s
+        results, failed = [], []
+        for number, rank in enumerate(ranks):
+            try:
+                # When one rank has failed, the others soon do too, or hang in a collective with it.
+                patience = 5.0 if failed else deadline - time.monotonic()
+                if not rank.connection.poll(max(patience, 0.0)):
+                    failed.append(f"rank {number} gave no answer")
+                    continue
+                ok, result = pickle.loads(rank.connection.recv_bytes())
+            except (EOFError, OSError):
+                ok, result = False, "the process died"
+            (results if ok else failed).append(result if ok else f"rank {number}: {result}")
+        if failed:
+            raise AssertionError("\n".join([*failed, self._stacks(ranks)]))
+        return results
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            rank.connection.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.wait()
+        self.ranks = []
+
+    def _grow(self, world_size: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        started = []
+        for number in range(len(self.ranks), world_size):
+            address, log = f"{self.folder.name}/socket{number}-{time.monotonic_ns()}", Path(self.folder.name, f"log{number}")
+            listener = Listener(address, "AF_UNIX")
+            with log.open("w") as file:
+                command = [sys.executable, "-m", "tests.ranks", address]
+                process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+            started.append((listener, process, log))
+        for listener, process, log in started:
+            listener._listener._socket.settimeout(START_S)
+            try:
+                self.ranks.append(_Rank(process, listener.accept(), log))
+            except TimeoutError:
+                raise AssertionError(f"a process for a rank did not start:\n{log.read_text()[-3000:]}") from None
+            finally:
+                listener.close()
+
+    def _stacks(self, ranks: list[_Rank]) -> str:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.process.pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        output = "\n".join(f"--- rank {number}\n{rank.log.read_text()[-6000:]}" for number, rank in enumerate(ranks))
+        self.stop()
+        return output
+
+
+def main(address: str) -> None:
+    """A rank: runs what it is sent until the connection closes."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    connection = Client(address, "AF_UNIX")
+    while True:
         try:
-            codes = [process.wait(timeout=timeout_s + 30) for process in ranks]
-        finally:
-            for process in ranks:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-        if any(codes):
-            logs = "\n".join(f"--- rank {r}\n{Path(folder, f'log{r}').read_text()[-6000:]}" for r in range(world_size))
-            raise AssertionError(f"exit codes {codes}\n{logs}")
-        return [pickle.loads(Path(folder, f"out{r}").read_bytes()) for r in range(world_size)]
+            function, rank, world_size, master, kwargs = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            module, name = function.split(":")
+            answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, master, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        # Not `send`: torch would pass tensors as handles of shared memory, which are gone with the process.
+        connection.send_bytes(pickle.dumps(answer))
+        _leave()
 
 
-def main(job_file: str, result_file: str) -> None:
-    function, rank, world_size, master, timeout_s, kwargs = pickle.loads(Path(job_file).read_bytes())
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
-    module, name = function.split(":")
-    result = getattr(importlib.import_module(module), name)(rank, world_size, master, **kwargs)
-    Path(result_file).write_bytes(pickle.dumps(result))
+def _leave() -> None:
+    """Give the job's process groups up."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

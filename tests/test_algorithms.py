@@ -10,7 +10,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.algorithm_reference import PRESETS, Batch, near_a_kink, reference
-from tests.ranks import run_ranks
 from tic_megatron.algorithms import OBJECTIVES, group_advantages, policy_objective, ratios
 from tic_megatron.algorithms.normalisers import Totals
 from tic_megatron.algorithms.objectives import objective_terms, ratio_metrics
@@ -215,10 +214,10 @@ def cross_rank_results(held: slice, group) -> dict:
     return found
 
 
-def test_a_sequence_shared_between_ranks():
+def test_a_sequence_shared_between_ranks(rank_pool):
     """The ranks' gradients together are one process's: forward sum, backward identity."""
     whole = cross_rank_results(slice(None), None)
-    ranks = run_ranks("tests.test_algorithms:split_trajectories", world_size=2, timeout_s=100)
+    ranks = rank_pool.run("tests.test_algorithms:split_trajectories", world_size=2, timeout_s=100)
     for name, (value, gradient, log_ratio) in whole.items():
         per_token = OBJECTIVES[name].ratio.per_token
         values = [found[name][0] for found in ranks]

@@ -58,7 +58,6 @@ BAD_FLAGS = {
     "prompts and updates": (["--trainer.prompts_per_step=5"], ["trainer.prompts_per_step is 5", "trainer.updates_per_step, 2"]),
     "micro-batch too small": (["--actor.max_tokens_per_microbatch=191"], ["actor.max_tokens_per_microbatch is 191", "= 192"]),
     "layout and ranks": (["--actor.tensor_parallel_size=2"], ["actor.tensor_parallel_size 2", "does not divide", "= 1 ranks"]),
-    "batch and data parallel": (["--cluster.gpus_per_node=3"], ["8 trajectories", "3 data-parallel ranks"]),
     "SGD, distributed": (["--actor.optimizer=sgd"], ["actor.optimizer is sgd", "actor.distributed_optimizer false"]),
     "seed": (["--run.seed=-1"], ["run.seed is -1"]),
     "name as a path": (["--run.dir=null", "--run.name=../x"], ["run.name is ../x", "run.dir"]),
@@ -85,7 +84,39 @@ BAD_FLAGS = {
         ["--rollout.max_response_tokens=1000", "--actor.max_tokens_per_microbatch=2000"],
         ["= 1128", "max_position_embeddings 1024"],
     ),
-    "layers": (["--actor.pipeline_parallel_size=4", "--cluster.gpus_per_node=4"], ["num_hidden_layers 2", "2 does"]),
+    "layers": (
+        ["--actor.pipeline_parallel_size=4", "--cluster.gpus_per_node=4"],
+        ["2 layers cannot fill 4"],
+    ),
+    "interleaved without a pipeline": (
+        ["--actor.virtual_pipeline_parallel_size=2"],
+        ["virtual_pipeline_parallel_size is 2", "raise actor.pipeline_parallel_size"],
+    ),
+    "too many interleaved parts": (
+        ["--actor.pipeline_parallel_size=2", "--actor.virtual_pipeline_parallel_size=2", "--cluster.gpus_per_node=2"],
+        ["the 1 layers of stage 0 cannot be cut into 2", "actor.virtual_pipeline_parallel_size"],
+    ),
+    "uneven stage without a pipeline": (["--actor.layers_in_last_stage=1"], ["layers_in_last_stage is 1", "leave it out"]),
+    "uneven stages": (
+        ["--actor.pipeline_parallel_size=2", "--actor.layers_in_first_stage=2", "--cluster.gpus_per_node=2"],
+        ["2 layers cannot fill 2 stages", "actor.layers_in_first_stage"],
+    ),
+    "context and ranks": (
+        ["--actor.context_parallel_size=2"],
+        ["context_parallel_size 2 = 2 does not divide"],
+    ),
+    "context and the budget": (
+        ["--actor.context_parallel_size=5", "--cluster.gpus_per_node=5", "--actor.max_tokens_per_microbatch=192"],
+        ["max_tokens_per_microbatch is 192", "= 192, a multiple of 10 under actor.context_parallel_size 5: 200"],
+    ),
+    "experts of a dense model": (
+        ["--actor.expert_parallel_size=2", "--cluster.gpus_per_node=2"],
+        ["mixture-of-experts models", "a dense one: leave them out"],
+    ),
+    "experts and ranks": (
+        ["--actor.expert_parallel_size=3", "--cluster.gpus_per_node=4"],
+        ["expert_parallel_size 3"],
+    ),
     "key-value heads": (["--actor.tensor_parallel_size=4", "--cluster.gpus_per_node=4"], ["num_key_value_heads 2", "2 does"]),
     "heads of the engine": (["--rollout.tensor_parallel_size=3"], ["rollout.tensor_parallel_size 3", "num_attention_heads 4"]),
     "run folder in a file": (["--run.dir=train.jsonl/run"], ["run.dir", "train.jsonl is a file"]),

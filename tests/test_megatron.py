@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from tests import megatron_ranks
 from tests.models import make_tiny_qwen3
-from tests.ranks import run_ranks
 from tic_megatron.data.packing import has_equal_rewards
 
 OBJECTIVES = ("tic_grpo", "grpo")
@@ -142,17 +141,17 @@ def cases_of(models: dict[str, str], layouts: dict[str, dict]) -> tuple[list[tup
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, {"one process": {}}), (2, LAYOUTS_OF_TWO)])
-def test_layouts_give_the_reference_gradient(models, references, world_size, layouts):
+def test_layouts_give_the_reference_gradient(rank_pool, models, references, world_size, layouts):
     keys, cases = cases_of(models, layouts)
-    ranks = run_ranks("tests.megatron_ranks:two_updates", world_size=world_size, timeout_s=200, cases=cases)
+    ranks = rank_pool.run("tests.megatron_ranks:two_updates", world_size=world_size, timeout_s=200, cases=cases)
     for i, (layout, model, objective) in enumerate(keys):
         check_updates([r[i] for r in ranks], references[model, objective], (layout, model, objective))
 
 
-def test_distributed_optimizer_takes_the_same_steps(models):
+def test_distributed_optimizer_takes_the_same_steps(rank_pool, models):
     """DP 2 with the optimizer's state sharded, AdamW; micro-batches of another size. (Gradients are reduce-scattered there.)"""
     case = {"model": models["untied"], "objective": "tic_grpo", "distributed": True, "max_tokens_per_microbatch": 120}
-    ranks = [r[0] for r in run_ranks("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
+    ranks = [r[0] for r in rank_pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
     reference = reference_updates(models["untied"], "tic_grpo", optimizer="adamw")
     assert math.isclose(sum(r["stats"][1].value for r in ranks), reference[1]["value"], rel_tol=1e-3, abs_tol=1e-6)
     assert math.isclose(ranks[0]["stats"][1].result.grad_norm, reference[1]["norm"], rel_tol=1e-3)
@@ -162,8 +161,8 @@ def test_distributed_optimizer_takes_the_same_steps(models):
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, [{}]), (2, [{"tp": 2}, {"pp": 2}, {}])])
-def test_a_rollout_that_teaches_nothing_changes_nothing(models, world_size, layouts):
-    ranks = run_ranks(
+def test_a_rollout_that_teaches_nothing_changes_nothing(rank_pool, models, world_size, layouts):
+    ranks = rank_pool.run(
         "tests.megatron_ranks:nothing_to_learn", world_size=world_size, timeout_s=120, model=models["tied"], layouts=layouts
     )
     for rank in ranks:
@@ -172,15 +171,15 @@ def test_a_rollout_that_teaches_nothing_changes_nothing(models, world_size, layo
             assert all(s.result.applied and s.result.grad_norm == 0.0 and s.log_ratio == [] for s in stats if s is not None)
 
 
-def test_log_ratio_at_the_old_policy_is_zero_only_with_the_packing_kept(models):
-    kept, repacked = run_ranks("tests.megatron_ranks:repacked_noise", world_size=1, timeout_s=120, model=models["tied"])[0]
+def test_log_ratio_at_the_old_policy_is_zero_only_with_the_packing_kept(rank_pool, models):
+    kept, repacked = rank_pool.run("tests.megatron_ranks:repacked_noise", world_size=1, timeout_s=120, model=models["tied"])[0]
     assert kept == 0.0
     assert 0.0 < repacked < 1e-3
 
 
-def test_logits_equal_transformers(models):
+def test_logits_equal_transformers(rank_pool, models):
     token_ids = torch.randint(0, 300, (57,), generator=torch.Generator().manual_seed(0)).tolist()
-    outputs = run_ranks(
+    outputs = rank_pool.run(
         "tests.megatron_ranks:logits", world_size=1, timeout_s=120, models=list(models.values()), token_ids=token_ids
     )[0]
     for path, got in zip(models.values(), outputs, strict=True):
@@ -190,7 +189,7 @@ def test_logits_equal_transformers(models):
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_kl_and_entropy_terms_have_the_reference_gradient(models, tmp_path, estimator):
+def test_kl_and_entropy_terms_have_the_reference_gradient(rank_pool, models, tmp_path, estimator):
     """At TP 2, with another model as the reference policy."""
     make_tiny_qwen3(tmp_path, seed=9, tie_word_embeddings=False, initializer_range=0.05)
     frozen = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
@@ -205,13 +204,13 @@ def test_kl_and_entropy_terms_have_the_reference_gradient(models, tmp_path, esti
     options = {"kl_coefficient": 0.1, "kl_estimator": estimator, "entropy_coefficient": 0.02, "reference_path": str(tmp_path)}
     sgd = {"optimizer": "sgd", "learning_rate": SGD_RATE}
     case = {"model": models["untied"], "objective": "tic_grpo", "tp": 2, "options": options, **sgd}
-    ranks = [r[0] for r in run_ranks("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
+    ranks = [r[0] for r in rank_pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
     check_updates(ranks, reference_updates(models["untied"], "tic_grpo", penalty=penalty), (estimator,))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_without_importance_sampling_every_gradient_is_taken_at_the_old_policy(models, precision):
-    result = run_ranks(
+def test_without_importance_sampling_every_gradient_is_taken_at_the_old_policy(rank_pool, models, precision):
+    result = rank_pool.run(
         "tests.megatron_ranks:parameters_seen", world_size=1, timeout_s=120, model=models["tied"], precision=precision
     )[0]
     assert len(result["seen"]) == 4

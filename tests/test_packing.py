@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tic_megatron.actors.schedule import learning_rate
 from tic_megatron.config import Settings
-from tic_megatron.data.packing import has_equal_rewards, pack_mini_batch, pack_rollout
+from tic_megatron.data.packing import Packing, has_equal_rewards, pack_mini_batch, pack_rollout
 from tic_megatron.data.quality import TooManyBadTrajectoriesError, drop_bad_trajectories
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
@@ -34,28 +34,30 @@ groups_strategy = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(groups_strategy, st.integers(1, 5), st.integers(90, 300), st.booleans())
-def test_every_trajectory_once_within_the_budget_and_balanced(groups, n_shards, budget, keep_all):
-    shards = pack_mini_batch(groups, n_shards, budget, keep_all=keep_all)
+@given(groups_strategy, st.integers(1, 5), st.integers(96, 300), st.booleans(), st.sampled_from([1, 4, 16]), st.integers(1, 4))
+def test_every_trajectory_once_within_the_budget_and_balanced(groups, n_shards, budget, keep_all, alignment, multiple):
+    packing = Packing(n_shards, budget, alignment, multiple, keep_all)
+    shards = pack_mini_batch(groups, packing)
     assert len(shards) == n_shards
     packed = [t for shard in shards for m in shard.micro_batches for t in m.trajectories]
     expected = [t for g in groups if keep_all or not has_equal_rewards(g) for t in g.trajectories]
     assert sorted(map(id, packed)) == sorted(map(id, expected))
     for shard in shards:
         assert len(shard.micro_batches) == len(shards[0].micro_batches) >= 1
-        assert all(sum(len(t.tokens) for t in m.trajectories) <= budget for m in shard.micro_batches)
+        assert len(shard.micro_batches) % multiple == 0
+        assert all(sum(-(-len(t.tokens) // alignment) * alignment for t in m.trajectories) <= budget for m in shard.micro_batches)
         # The normaliser's totals count what was left out too, and are the same for every rank.
         assert shard.n_trajectories == sum(len(g.trajectories) for g in groups)
         assert shard.n_tokens == sum(len(t.response_ids) for g in groups for t in g.trajectories)
-    loads = [sum(len(t.tokens) for m in shard.micro_batches for t in m.trajectories) for shard in shards]
-    assert max(loads) - min(loads) <= max((len(t.tokens) for t in packed), default=0)
+    loads = [sum(packing.tokens(t) for m in shard.micro_batches for t in m.trajectories) for shard in shards]
+    assert max(loads) - min(loads) <= max((packing.tokens(t) for t in packed), default=0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3))
 def test_mini_batches_are_consecutive_prompts_whatever_their_rewards(n_updates, n_shards):
     groups = [group(i, 5, [(i + 1, 1.0), (2, 0.0)]) for i in range(n_updates * 3)]
-    shards = pack_rollout(groups, n_updates, n_shards, 100)
+    shards = pack_rollout(groups, n_updates, Packing(n_shards, 100))
     for k in range(n_updates):
         prompts = {t.prompt.id for shard in shards for m in shard[k].micro_batches for t in m.trajectories}
         assert prompts == {f"p{i}" for i in range(3 * k, 3 * k + 3)}
@@ -63,7 +65,7 @@ def test_mini_batches_are_consecutive_prompts_whatever_their_rewards(n_updates, 
 
 def test_a_trajectory_beyond_the_budget_is_named():
     with pytest.raises(ValueError, match=r"25 tokens \(prompt p3\)"):
-        pack_mini_batch([group(3, 5, [(20, 1.0), (2, 0.0)])], 1, 24)
+        pack_mini_batch([group(3, 5, [(20, 1.0), (2, 0.0)])], Packing(1, 24))
 
 
 def test_equal_rewards_are_compared_not_their_mean():

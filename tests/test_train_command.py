@@ -46,11 +46,34 @@ def edit_tokenizer(**changes):
     return edit
 
 
+def experts(workspace):
+    workspace.edit_config(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)
+
+
 BAD_MODELS = {
     "no config": (remove("config.json"), [], ["config.json cannot be read"]),
     "config that is no JSON": (lambda w: (w.model / "config.json").write_text("{"), [], ["config.json is not valid JSON"]),
-    "another model": (lambda w: w.edit_config(model_type="llama"), [], ["model_type 'llama'", "dense Qwen3"]),
-    "mixture of experts": (lambda w: w.edit_config(model_type="qwen3_moe"), [], ["mixture-of-experts", "dense"]),
+    "another model": (lambda w: w.edit_config(model_type="llama"), [], ["model_type 'llama'", "give a Qwen3 model"]),
+    "experts": (
+        experts,
+        ["--actor.expert_parallel_size=3", "--cluster.gpus_per_node=3"],
+        ["not divide num_experts 4"],
+    ),
+    "matrices of experts": (
+        experts,
+        ["--actor.expert_tensor_parallel_size=4", "--actor.expert_parallel_size=2", "--cluster.gpus_per_node=8"],
+        ["actor.expert_tensor_parallel_size 4 does not divide moe_intermediate_size 6"],
+    ),
+    "tensor-parallel experts": (
+        experts,
+        ["--actor.tensor_parallel_size=2", "--actor.expert_tensor_parallel_size=1", "--cluster.gpus_per_node=2"],
+        ["expert_tensor_parallel_size 1 must be actor.tensor_parallel_size 2", "raise actor.expert_parallel_size"],
+    ),
+    "experts without sequence parallelism": (
+        experts,
+        ["--actor.tensor_parallel_size=2", "--actor.sequence_parallel=false", "--cluster.gpus_per_node=2"],
+        ["actor.sequence_parallel false", "leave it on"],
+    ),
     "scaled RoPE": (lambda w: w.edit_config(rope_scaling={"type": "yarn"}, rope_parameters=None), [], ["RoPE scaling 'yarn'"]),
     "sliding window": (lambda w: w.edit_config(use_sliding_window=True), [], ["sliding-window attention"]),
     "quantized": (lambda w: w.edit_config(quantization_config={"bits": 4}), [], ["quantized weights"]),

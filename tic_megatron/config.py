@@ -41,7 +41,7 @@ class ModelSettings:
     """The model that is trained."""
 
     path: str = ""
-    """Hugging Face directory, or hub name, of a dense Qwen3 model; its tokenizer is used for the prompts."""
+    """Hugging Face directory, or hub name, of a Qwen3 model (dense or mixture-of-experts) with its tokenizer."""
 
 
 @dataclass
@@ -190,8 +190,24 @@ class ActorSettings:
     """Shard the norms' activations over the TP ranks too (no effect at TP 1)."""
     pipeline_parallel_size: int = 1
     """Ranks that share the layers (PP)."""
+    virtual_pipeline_parallel_size: int = 1
+    """Interleaved parts of the model per pipeline stage (VPP); more than 1 shortens the pipeline's idle time."""
+    layers_in_first_stage: int | None = None
+    """Layers of the first pipeline stage, which has the embedding too; an equal share when not given."""
+    layers_in_last_stage: int | None = None
+    """Layers of the last pipeline stage, which has the output head too; an equal share when not given."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    expert_parallel_size: int = 1
+    """Ranks that share the experts of each layer (EP), taken from those of data and context parallelism."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices (ETP); `tensor_parallel_size` when not given."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those inside attention, or all but each layer's input."""
+    router_replay: Literal["auto", "on", "off"] = "auto"
+    """Route every token in the update as in the old-log-prob pass (mixture-of-experts models); `auto`: for trajectory ratios."""
     max_tokens_per_microbatch: int = 16384
-    """Token budget of a micro-batch, prompts included."""
+    """Token budget of a micro-batch, prompts included; its ranks of context parallelism hold equal parts of it."""
     logprob_chunk_tokens: int = 1024
     """Response tokens whose logits exist at the same time."""
     learning_rate: float = 1e-6
@@ -218,6 +234,16 @@ class ActorSettings:
     """Largest global gradient norm; 0 does not clip."""
     threads: int = 1
     """CPU threads per actor process."""
+
+    @property
+    def sequence_alignment(self) -> int:
+        """Every sequence is padded to a multiple of this: context parallelism cuts it into two equal chunks per rank."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def experts_tensor_parallel(self) -> int:
+        """ETP, its default filled in."""
+        return self.expert_tensor_parallel_size or self.tensor_parallel_size
 
 
 @dataclass
@@ -270,8 +296,9 @@ class Settings:
 
     @property
     def data_parallel_size(self) -> int:
-        """World size over TP x PP."""
-        return self.world_size // (self.actor.tensor_parallel_size * self.actor.pipeline_parallel_size)
+        """World size over TP x PP x CP."""
+        actor = self.actor
+        return self.world_size // (actor.tensor_parallel_size * actor.pipeline_parallel_size * actor.context_parallel_size)
 
     @property
     def max_sequence_tokens(self) -> int:

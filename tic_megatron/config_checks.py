@@ -71,27 +71,51 @@ def _check_batches(settings: Settings) -> None:
     if trainer.prompts_per_step % trainer.updates_per_step:
         reason = f"it must be a multiple of trainer.updates_per_step, {trainer.updates_per_step}, for equal mini-batches"
         _refuse("trainer.prompts_per_step", trainer.prompts_per_step, reason)
-    if actor.max_tokens_per_microbatch < settings.max_sequence_tokens:
+    alignment = actor.sequence_alignment
+    longest = -(-settings.max_sequence_tokens // alignment) * alignment
+    if actor.max_tokens_per_microbatch < longest:
         reason = (
             f"it must hold the longest sequence, rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
             f"rollout.max_response_tokens {rollout.max_response_tokens} = {settings.max_sequence_tokens}"
         )
+        if longest > settings.max_sequence_tokens:
+            reason += f", a multiple of {alignment} under actor.context_parallel_size {actor.context_parallel_size}: {longest}"
         _refuse("actor.max_tokens_per_microbatch", actor.max_tokens_per_microbatch, reason)
 
 
 def _check_layout(settings: Settings) -> None:
-    actor, cluster, trainer = settings.actor, settings.cluster, settings.trainer
-    tp, pp = actor.tensor_parallel_size, actor.pipeline_parallel_size
+    actor, cluster = settings.actor, settings.cluster
+    tp, pp, cp = actor.tensor_parallel_size, actor.pipeline_parallel_size, actor.context_parallel_size
     world = f"cluster.nodes {cluster.nodes} x cluster.gpus_per_node {cluster.gpus_per_node} = {settings.world_size} ranks"
-    if settings.world_size % (tp * pp):
-        layout = f"actor.tensor_parallel_size {tp} x actor.pipeline_parallel_size {pp} = {tp * pp}"
-        raise SettingsError(f"{layout} does not divide {world}: change one of them")
-    trajectories = trainer.prompts_per_step // trainer.updates_per_step * settings.rollout.group_size
-    if trajectories % settings.data_parallel_size:
+    if settings.world_size % (tp * pp * cp):
+        sizes = {"tensor": tp, "pipeline": pp, "context": cp}
+        layout = " x ".join(f"actor.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1)
+        raise SettingsError(f"{layout} = {tp * pp * cp} does not divide {world}: change one of them")
+    _check_pipeline(settings)
+    _check_experts(settings, world)
+
+
+def _check_pipeline(settings: Settings) -> None:
+    actor = settings.actor
+    if actor.pipeline_parallel_size > 1:
+        return
+    for key in ("layers_in_first_stage", "layers_in_last_stage"):
+        if getattr(actor, key) is not None:
+            _refuse(
+                f"actor.{key}", getattr(actor, key), "there is one stage; leave it out, or raise actor.pipeline_parallel_size"
+            )
+    if actor.virtual_pipeline_parallel_size > 1:
+        reason = "it cuts pipeline stages up, and there is one; give 1, or raise actor.pipeline_parallel_size"
+        _refuse("actor.virtual_pipeline_parallel_size", actor.virtual_pipeline_parallel_size, reason)
+
+
+def _check_experts(settings: Settings, world: str) -> None:
+    actor = settings.actor
+    ep, etp, pp = actor.expert_parallel_size, actor.experts_tensor_parallel, actor.pipeline_parallel_size
+    if settings.world_size % (ep * etp * pp):
         raise SettingsError(
-            f"an update's {trajectories} trajectories (trainer.prompts_per_step / trainer.updates_per_step x rollout.group_size) "
-            f"cannot be shared equally by {settings.data_parallel_size} data-parallel ranks ({world} at TP {tp}, PP {pp}): "
-            "change one of them"
+            f"actor.expert_parallel_size {ep} x actor.expert_tensor_parallel_size {etp} x actor.pipeline_parallel_size {pp} = "
+            f"{ep * etp * pp} does not divide {world}: change one of them"
         )
 
 
@@ -117,6 +141,8 @@ RANGES = {
     **_ranges(1, math.inf, "[)", "rollout.engines rollout.tensor_parallel_size rollout.max_prompt_tokens"),
     **_ranges(1, math.inf, "[)", "rollout.max_response_tokens rollout.cpu_kv_cache_gib rollout.weight_bucket_mib"),
     **_ranges(1, math.inf, "[)", "actor.tensor_parallel_size actor.pipeline_parallel_size actor.threads rollout.threads"),
+    **_ranges(1, math.inf, "[)", "actor.virtual_pipeline_parallel_size actor.context_parallel_size actor.expert_parallel_size"),
+    **_ranges(1, math.inf, "[)", "actor.expert_tensor_parallel_size actor.layers_in_first_stage actor.layers_in_last_stage"),
     **_ranges(1, math.inf, "[)", "actor.max_tokens_per_microbatch actor.logprob_chunk_tokens"),
     **_ranges(0, math.inf, "[)", "trainer.eval_every trainer.save_every rollout.save_every actor.lr_warmup_updates"),
     **_ranges(0, math.inf, "[)", "actor.learning_rate actor.min_learning_rate actor.weight_decay actor.grad_clip"),

@@ -9,7 +9,7 @@ import torch
 from tic_megatron.algorithms import group_advantages
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.config import AlgorithmSettings, Settings
-from tic_megatron.data.packing import has_equal_rewards, pack_rollout
+from tic_megatron.data.packing import Packing, has_equal_rewards, pack_rollout
 from tic_megatron.run import Run
 from tic_megatron.trajectory import Group, MiniBatch
 
@@ -69,13 +69,7 @@ def set_advantages(groups: list[Group], options: AlgorithmSettings) -> None:
 
 def pack(groups: list[Group], settings: Settings) -> list[list[MiniBatch]]:
     """The rollout as mini-batches, [data-parallel rank][update]; groups that teach nothing are left out where that is exact."""
-    return pack_rollout(
-        groups,
-        settings.trainer.updates_per_step,
-        settings.data_parallel_size,
-        settings.actor.max_tokens_per_microbatch,
-        keep_all=settings.algorithm.has_penalty,
-    )
+    return pack_rollout(groups, settings.trainer.updates_per_step, Packing.of(settings))
 
 
 def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]]) -> None:

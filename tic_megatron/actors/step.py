@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tic_megatron.actors.context_parallel import ALONE, TokenLayout, aligned
 from tic_megatron.actors.objective import choose_objective
 from tic_megatron.actors.stats import MismatchStats, UpdateResult, UpdateStats
 from tic_megatron.algorithms.corrections import generator_correction
 from tic_megatron.algorithms.normalisers import Totals
 from tic_megatron.algorithms.objectives import ObjectiveTerms, objective_terms, token_weights
 from tic_megatron.algorithms.penalties import KL_LOSSES, k1, weighted_sum
-from tic_megatron.algorithms.ratios import Segments
+from tic_megatron.algorithms.ratios import Segments, sum_over_group
 from tic_megatron.config import Settings
 from tic_megatron.trajectory import MicroBatch, MiniBatch
 
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """A micro-batch as tensors: sequences one after another, plus alignment tokens as a last sequence.
+    """This rank's part of a micro-batch as tensors: sequences one after another, plus alignment tokens as last sequences.
 
-    `input_ids`, `position_ids` [tokens]; `lengths`: tokens of each sequence; `positions` [n]: index of the token before each
-    response token; `targets` [n]: the response tokens; `trajectory` [n]: which trajectory each belongs to;
-    `response_lengths`, `advantages` [n_trajectories]; `inference_logprobs` [n]: the generator's.
+    `input_ids`, `position_ids` [tokens / CP] of the tokens held here; `lengths`: tokens of each whole sequence; `positions` [n]:
+    index into `input_ids` of the token before each response token, where it is held here; `targets` [n]: the response tokens;
+    `trajectory` [n]: which trajectory each belongs to; `response_lengths`, `advantages` [n_trajectories], of whole trajectories;
+    `inference_logprobs` [n]: the generator's; `group`: the ranks that hold the rest of the sequences; `routing`: which experts
+    the tokens went to in the old-log-prob pass, for the backend's use.
     """
 
     input_ids: Tensor
@@ -38,15 +42,30 @@ class PackedInputs:
     response_lengths: Tensor
     advantages: Tensor
     inference_logprobs: Tensor
+    group: dist.ProcessGroup | None = None
+    routing: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def segments(self) -> Segments:
         """The trajectories of the response tokens."""
-        return Segments(self.trajectory, self.response_lengths)
+        return Segments(self.trajectory, self.response_lengths, self.group)
 
 
-def pack_inputs(micro_batch: MicroBatch, *, alignment: int, device: torch.device) -> PackedInputs:
-    """Tensors of a micro-batch; its length is a positive multiple of `alignment`, so an empty one has a dummy sequence."""
+PADDING_PIECE = 256
+"""Longest sequence of padding: attention costs grow with the square of a sequence."""
+
+
+def pack_inputs(
+    micro_batch: MicroBatch, *, layout: TokenLayout = ALONE, device: torch.device, n_tokens: int | None = None
+) -> PackedInputs:
+    """Tensors of this rank's part of a micro-batch.
+
+    Args:
+        micro_batch: whole trajectories.
+        layout: which of the tokens are this rank's, and their alignment; an empty micro-batch has a dummy sequence.
+        device: of the tensors.
+        n_tokens: length to pad to; the next multiple of the alignment when not given.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
@@ -61,26 +80,31 @@ def pack_inputs(micro_batch: MicroBatch, *, alignment: int, device: torch.device
                 targets.append(trajectory.response_ids[t])
                 owner.append(i)
                 inference.append(trajectory.inference_logprobs[t])
-        tokens += trajectory.tokens
-        lengths.append(len(trajectory.tokens))
-    padding = -len(tokens) % alignment if tokens else alignment
-    if padding:
-        tokens += [0] * padding
-        lengths.append(padding)
+        length = aligned(len(trajectory.tokens), layout.sequence_alignment)
+        tokens += trajectory.tokens + [0] * (length - len(trajectory.tokens))
+        lengths.append(length)
+    padding = (n_tokens or aligned(max(len(tokens), 1), layout.alignment)) - len(tokens)
+    piece = aligned(PADDING_PIECE, layout.alignment)
+    lengths += [min(piece, padding - start) for start in range(0, padding, piece)]
+    tokens += [0] * padding
 
     def tensor(values, dtype=torch.long) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    local = layout.local_tokens(lengths)  # packed positions of the tokens held here
+    place = torch.full((len(tokens),), -1).index_copy(0, local, torch.arange(local.numel()))
+    here = place[torch.tensor(positions, dtype=torch.long)] >= 0  # [response tokens]
     return PackedInputs(
-        input_ids=tensor(tokens),
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        input_ids=torch.tensor(tokens)[local].to(device),
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[local].to(device),
         lengths=lengths,
-        positions=tensor(positions),
-        targets=tensor(targets),
-        trajectory=tensor(owner),
+        positions=place[torch.tensor(positions, dtype=torch.long)][here].to(device),
+        targets=tensor(targets)[here],
+        trajectory=tensor(owner)[here],
         response_lengths=tensor([t.response_length for t in micro_batch.trajectories]),
         advantages=tensor([t.advantage for t in micro_batch.trajectories], torch.float64),
-        inference_logprobs=tensor(inference, torch.float32),
+        inference_logprobs=tensor(inference, torch.float32)[here],
+        group=layout.group,
     )
 
 
@@ -92,12 +116,14 @@ class Backend(Protocol):
     """What `PolicyStep` needs of a training backend."""
 
     device: torch.device
-    alignment: int
+    layout: TokenLayout
+    uniform_lengths: bool
+    """Whether all micro-batches of an update must be padded to one length."""
     data_parallel_rank: int
     has_logprobs: bool
     """Whether this rank computes log-probs (the last pipeline stage)."""
     reports: bool
-    """Whether this rank reports statistics: one rank per data-parallel shard, among those with log-probs."""
+    """Whether this rank reports statistics: one rank for each token, among those with log-probs."""
 
     def forward(self, inputs: list[PackedInputs], *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each micro-batch without gradient, of the policy or of the reference; empty where there are none."""
@@ -124,13 +150,19 @@ class PolicyStep:
     def load(self, mini_batches: list[MiniBatch]) -> None:
         """Take this rank's share of a rollout; the packing is kept for all its passes."""
         self.mini_batches = mini_batches
-        self.inputs = [
-            [pack_inputs(m, alignment=self.backend.alignment, device=self.backend.device) for m in batch.micro_batches]
-            for batch in mini_batches
-        ]
+        self.inputs = [self._pack(batch) for batch in mini_batches]
         self.old: dict[int, list[Tensor]] = {}
         self.reference: dict[int, list[Tensor]] = {}
         self.mismatch = MismatchStats()
+        self._gaps: list[Tensor] = []
+
+    def _pack(self, batch: MiniBatch) -> list[PackedInputs]:
+        layout, device = self.backend.layout, self.backend.device
+        packed = [pack_inputs(m, layout=layout, device=device) for m in batch.micro_batches]
+        if not self.backend.uniform_lengths:
+            return packed
+        longest = max(sum(inputs.lengths) for inputs in packed)
+        return [pack_inputs(m, layout=layout, device=device, n_tokens=longest) for m in batch.micro_batches]
 
     def old_logprobs(self, *, check_noise: bool) -> None:
         """Log-probs at theta_old of all mini-batches but the first, by forward-only passes; and the reference's of all.
@@ -175,22 +207,39 @@ class PolicyStep:
         def loss(index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
             inputs = self.inputs[k][index]
             old = self._old_for_update(k, index, logprobs.detach(), stats)
-            terms, value = self._objective(k, index, logprobs, old, entropy)
-            stats.value += value.item()
+            terms, penalty = self._objective(k, index, logprobs, old, entropy)
             stats.entropy_sum += entropy.detach().double().sum().item()
             stats.n_tokens += logprobs.numel()
-            stats.log_ratio += terms.log_ratio.tolist()
-            stats.capped += terms.capped.tolist()
-            stats.advantages += inputs.advantages.tolist()
+            stats.value -= penalty.item()
+            if self._first_of_sequence or self.objective.ratio.per_token:
+                stats.value += terms.value.item()  # of a trajectory ratio, the ranks of a sequence have the same value
+            if self._first_of_sequence:
+                stats.log_ratio += terms.log_ratio.tolist()
+                stats.capped += terms.capped.tolist()
+                stats.advantages += inputs.advantages.tolist()
             if self.reference:
                 stats.kl_sum = (stats.kl_sum or 0.0) + k1(logprobs.detach(), self.reference[k][index]).double().sum().item()
-            return -value
+            return penalty - terms.value
 
         stats.result = self.backend.update(self.inputs[k], loss)
         return stats if self.backend.reports else None
 
+    @property
+    def _first_of_sequence(self) -> bool:
+        """Whether this is the rank that reports what is the same on all ranks that share its sequences."""
+        return self.backend.layout.rank == 0
+
+    def finish_mismatch(self) -> MismatchStats | None:
+        """Trainer against generator, on the rollout; None on ranks that report nothing. One collective per rollout."""
+        if not self.backend.has_logprobs:
+            return None
+        gaps = torch.cat(self._gaps) if self._gaps else torch.zeros(0, dtype=torch.float64)
+        gaps = sum_over_group(gaps, self.backend.layout.group)
+        self.mismatch.trajectory_log_ratio = gaps.tolist() if self._first_of_sequence else []
+        return self.mismatch if self.backend.reports else None
+
     def _objective(self, k: int, index: int, logprobs: Tensor, old: Tensor, entropy: Tensor) -> tuple[ObjectiveTerms, Tensor]:
-        """The policy term's details, and the whole value to maximise: policy term, entropy bonus, KL penalty."""
+        """The policy term with its details, and this rank's part of what is subtracted: KL penalty, less the entropy bonus."""
         inputs, options = self.inputs[k][index], self.settings.algorithm
         batch = self.mini_batches[k]
         totals = Totals(batch.n_trajectories, batch.n_tokens, self.settings.rollout.max_response_tokens)
@@ -204,15 +253,15 @@ class PolicyStep:
             self.clip_range,
             self._correction(inputs, old),
         )
-        value = terms.value
+        penalty = torch.zeros((), dtype=torch.float64, device=logprobs.device)
         if options.entropy_coefficient or self.reference:
             weights = token_weights(self.objective, inputs.segments, totals)
             if options.entropy_coefficient:
-                value = value + options.entropy_coefficient * weighted_sum(entropy, weights)
+                penalty = penalty - options.entropy_coefficient * weighted_sum(entropy, weights)
             if options.kl_estimator in KL_LOSSES and self.reference:
                 kl = KL_LOSSES[options.kl_estimator](logprobs, self.reference[k][index])
-                value = value - options.kl_coefficient * weighted_sum(kl, weights)
-        return terms, value
+                penalty = penalty + options.kl_coefficient * weighted_sum(kl, weights)
+        return terms, penalty
 
     def _correction(self, inputs: PackedInputs, old: Tensor) -> Tensor | None:
         options = self.settings.algorithm
@@ -252,9 +301,9 @@ class PolicyStep:
 
     def _add_mismatch(self, inputs: PackedInputs, trainer_logprobs: Tensor) -> None:
         difference = trainer_logprobs - inputs.inference_logprobs
+        self._gaps.append(replace(inputs.segments, group=None).sum(difference))
         if difference.numel() == 0:
             return
         self.mismatch.abs_sum += difference.abs().double().sum().item()
         self.mismatch.abs_max = max(self.mismatch.abs_max, difference.abs().max().item())
         self.mismatch.n_tokens += difference.numel()
-        self.mismatch.trajectory_log_ratio += inputs.segments.sum(difference).tolist()

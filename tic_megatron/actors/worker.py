@@ -48,11 +48,16 @@ class ActorWorker:
         from tic_megatron.actors.megatron.backend import MegatronBackend
         from tic_megatron.actors.megatron.export import WeightExporter
         from tic_megatron.actors.step import PolicyStep
+        from tic_megatron.weights.plan import ExportLayout
 
         self.backend = MegatronBackend(settings, model_path, device)
         self.step = PolicyStep(self.backend, settings)
         self.exporter = WeightExporter(
-            self.backend.weights, self.backend.config.params_dtype, device, settings.rollout.weight_bucket_mib * 2**20
+            self.backend.weights,
+            ExportLayout.of(settings.actor, self.backend.hf.num_hidden_layers),
+            self.backend.config.params_dtype,
+            device,
+            settings.rollout.weight_bucket_mib * 2**20,
         )
         return self.backend.data_parallel_rank
 
@@ -78,7 +83,7 @@ class ActorWorker:
 
     def mismatch(self) -> Any:
         """Trainer against generator on this rollout; None on ranks that report nothing."""
-        return self.step.mismatch if self.backend.reports else None
+        return self.step.finish_mismatch()
 
     def begin_export(self) -> int:
         """Start reading the weights out; returns the number of buckets."""

@@ -123,9 +123,14 @@ def objective_terms(
         weights = weights * correction
     clipped, capped = objective.clip(log_ratio, advantages.to(log_ratio.dtype), clip_range)
     with torch.no_grad():
-        trajectory_log_ratio = segments.sum(ratios.token_log_ratio(trainer_logprobs.detach(), old_logprobs))
         if objective.ratio.per_token:
-            capped = torch.zeros_like(segments.lengths).index_add(0, segments.ids, capped.to(segments.lengths.dtype)) > 0
+            delta = ratios.token_log_ratio(trainer_logprobs, old_logprobs)
+            trajectory_log_ratio, n_capped = segments.sum(torch.stack([delta, capped.to(delta.dtype)], dim=1)).unbind(1)
+            capped = n_capped > 0
+        else:
+            trajectory_log_ratio = log_ratio.detach()
+            if objective.ratio.length_mean:
+                trajectory_log_ratio = trajectory_log_ratio * segments.lengths
     return ObjectiveTerms((clipped.double() * weights).sum(), trajectory_log_ratio, capped)
 
 

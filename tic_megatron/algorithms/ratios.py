@@ -27,8 +27,9 @@ class Segments:
     group: dist.ProcessGroup | None = None
 
     def sum(self, per_token: Tensor) -> Tensor:
-        """Sum over each trajectory's tokens, in fp64: [n_tokens] -> [n_trajectories]."""
-        sums = torch.zeros(self.lengths.shape[0], dtype=torch.float64, device=per_token.device)
+        """Sum over each trajectory's tokens, in fp64: [n_tokens, ...] -> [n_trajectories, ...]."""
+        shape = (self.lengths.shape[0], *per_token.shape[1:])
+        sums = torch.zeros(shape, dtype=torch.float64, device=per_token.device)
         sums = sums.index_add(0, self.ids, per_token.double())
         return sum_over_group(sums, self.group)
 
@@ -65,7 +66,7 @@ def sum_over_group(partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     dJ/dL * dL_r/dtheta, and the *sum* of the ranks' gradients, which the gradient reduction over the group takes, is exact.
     An all-reduce in the backward too would multiply it by the group's size.
     """
-    if group is None or group.size() == 1:
+    if group is None or group.size() == 1 or partial.numel() == 0:
         return partial
     return _SumOverGroup.apply(partial, group)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tic_megatron.config import Settings, SettingsError
+from tic_megatron.weights.stages import layers_of_stages
 
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,7 +48,7 @@ def _download(name: str) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a model that can be trained; SettingsError when it is missing or not a plain dense Qwen3."""
+    """`config.json` of a model that can be trained; SettingsError when it is missing or not a plain Qwen3."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -58,10 +59,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SettingsError(f"model.path: {path} is not valid JSON ({error})") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "qwen3_moe":
-        raise SettingsError(f"model.path: {path} is a mixture-of-experts Qwen3 (qwen3_moe), not supported yet; give a dense one")
-    if kind != "qwen3":
-        raise SettingsError(f"model.path: {path} has model_type {kind!r}; give a dense Qwen3 model (model_type 'qwen3')")
+    if kind not in ("qwen3", "qwen3_moe"):
+        raise SettingsError(f"model.path: {path} has model_type {kind!r}; give a Qwen3 model (model_type 'qwen3' or 'qwen3_moe')")
     _check_variant(config, path)
     return config
 
@@ -83,20 +82,46 @@ def _check_variant(config: dict[str, Any], path: Path) -> None:
 
 def check_layout(config: dict[str, Any], directory: Path, settings: Settings) -> None:
     """Refuse parallel sizes that the model's shapes are not divisible by, and sequences longer than its positions."""
-    tp, pp = settings.actor.tensor_parallel_size, settings.actor.pipeline_parallel_size
+    actor = settings.actor
+    tp = actor.tensor_parallel_size
     engine_tp = settings.rollout.tensor_parallel_size
     shares = [
         ("num_attention_heads", "actor.tensor_parallel_size", tp),
         ("num_key_value_heads", "actor.tensor_parallel_size", tp),
         ("intermediate_size", "actor.tensor_parallel_size", tp),
         ("vocab_size", "actor.tensor_parallel_size", tp),
-        ("num_hidden_layers", "actor.pipeline_parallel_size", pp),
         ("num_attention_heads", "rollout.tensor_parallel_size", engine_tp),
     ]
+    if config["model_type"] == "qwen3_moe":
+        n_experts = "num_experts" if "num_experts" in config else "num_local_experts"  # transformers' older and newer name
+        shares += [
+            (n_experts, "actor.expert_parallel_size", actor.expert_parallel_size),
+            ("moe_intermediate_size", "actor.expert_tensor_parallel_size", actor.experts_tensor_parallel),
+            ("moe_intermediate_size", "rollout.tensor_parallel_size", engine_tp),
+        ]
+        _check_expert_layout(settings)
+    elif actor.expert_parallel_size > 1 or actor.expert_tensor_parallel_size is not None:
+        raise SettingsError(
+            "actor.expert_parallel_size and actor.expert_tensor_parallel_size are for mixture-of-experts models, and "
+            f"{directory} is a dense one: leave them out"
+        )
     for name, setting, parts in shares:
         if size(config, name, directory) % parts:
             fitting = [n for n in range(1, parts) if size(config, name, directory) % n == 0]
             raise SettingsError(f"{setting} {parts} does not divide {name} {config[name]} of {directory}; {fitting[-1]} does")
+    try:
+        layers_of_stages(
+            size(config, "num_hidden_layers", directory),
+            actor.pipeline_parallel_size,
+            n_virtual=actor.virtual_pipeline_parallel_size,
+            first=actor.layers_in_first_stage,
+            last=actor.layers_in_last_stage,
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"actor.pipeline_parallel_size {actor.pipeline_parallel_size} does not fit num_hidden_layers of {directory}: "
+            f"{error}; change it, actor.virtual_pipeline_parallel_size, or actor.layers_in_first_stage and _last_stage"
+        ) from error
     kv_heads = size(config, "num_key_value_heads", directory)
     if kv_heads % engine_tp and engine_tp % kv_heads:  # vLLM repeats heads when there are fewer than ranks
         raise SettingsError(
@@ -108,6 +133,22 @@ def check_layout(config: dict[str, Any], directory: Path, settings: Settings) ->
             f"rollout.max_prompt_tokens {settings.rollout.max_prompt_tokens} + rollout.max_response_tokens "
             f"{settings.rollout.max_response_tokens} = {settings.max_sequence_tokens} exceeds max_position_embeddings "
             f"{positions} of {directory}; lower one of them"
+        )
+
+
+def _check_expert_layout(settings: Settings) -> None:
+    """Combinations that Megatron-core computes wrongly, silently or not."""
+    actor = settings.actor
+    tp, etp = actor.tensor_parallel_size, actor.experts_tensor_parallel
+    if actor.expert_parallel_size == 1 and etp != tp:
+        raise SettingsError(
+            f"actor.expert_tensor_parallel_size {etp} must be actor.tensor_parallel_size {tp} at actor.expert_parallel_size 1: "
+            "Megatron-core does not add up the experts' gradients otherwise; leave it out, or raise actor.expert_parallel_size"
+        )
+    if tp > 1 and not actor.sequence_parallel:
+        raise SettingsError(
+            f"actor.sequence_parallel false does not go with experts at actor.tensor_parallel_size {tp}: every rank would send "
+            "all tokens to them; leave it on"
         )
 
 

@@ -1,4 +1,5 @@
-"""Where each Megatron parameter of a Qwen3 model lies in the Hugging Face checkpoint, and how it is sharded.
+"""Where each Megatron parameter of a Qwen3 model, dense or mixture-of-experts, lies in the Hugging Face checkpoint, and how it is
+sharded.
 
 One declarative table serves loading, export, weight transfer and checks. A tensor-parallel shard is a contiguous slice of
 every Hugging Face tensor that it is made of, so ranks read and send slices only.
@@ -17,7 +18,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of the Hugging Face checkpoint: its name, full shape, and the dimension that TP shards (None: replicated)."""
+    """One tensor of the Hugging Face checkpoint: its name, full shape, and the dimension that TP shards (None: replicated).
+
+    An expert's tensors are sharded over ETP instead.
+    """
 
     name: str
     shape: Shape
@@ -41,7 +45,8 @@ class Weight:
     """One Megatron parameter.
 
     `names` are its possible parameter names (Transformer Engine fuses norms into the linear that follows), with the
-    layer's *global* index; `join` makes the local parameter of the local slices of `parts`, `split` undoes it.
+    *global* index of layer and expert; `expert` is that index, None outside of experts; `join` makes the local parameter of the
+    local slices of `parts`, `split` undoes it.
     """
 
     names: tuple[str, ...]
@@ -49,50 +54,90 @@ class Weight:
     parts: tuple[HFTensor, ...]
     join: Callable[[list[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
+    expert: int | None = None
 
 
 def qwen3_weights(hf) -> list[Weight]:
-    """All parameters of a dense Qwen3 model, in the order of the forward pass.
+    """All parameters of a Qwen3 model, in the order of the forward pass.
 
     Args:
         hf: the model's Hugging Face configuration.
     """
     hidden, head_dim = hf.hidden_size, hf.head_dim
-    n_q, n_kv, ffn = hf.num_attention_heads, hf.num_key_value_heads, hf.intermediate_size
+    n_q, n_kv = hf.num_attention_heads, hf.num_key_value_heads
     weights = [_single("embedding.word_embeddings.weight", "model.embed_tokens.weight", (hf.vocab_size, hidden), 0)]
     for layer in range(hf.num_hidden_layers):
         to, fro = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention, mlp = to + "self_attention.", to + "mlp."
+        attention = to + "self_attention."
         input_norm = (to + "input_layernorm.weight", attention + "linear_qkv.layer_norm_weight")
-        mlp_norm = (to + "pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight")
+        mlp_norm = (to + "pre_mlp_layernorm.weight", to + "mlp.linear_fc1.layer_norm_weight")
         weights += [
             _single(input_norm, fro + "input_layernorm.weight", (hidden,), None, layer),
             _qkv(attention + "linear_qkv.", fro + "self_attn.", "weight", (hidden,), n_q, n_kv, head_dim, layer),
             _single(attention + "q_layernorm.weight", fro + "self_attn.q_norm.weight", (head_dim,), None, layer),
             _single(attention + "k_layernorm.weight", fro + "self_attn.k_norm.weight", (head_dim,), None, layer),
             _single(attention + "linear_proj.weight", fro + "self_attn.o_proj.weight", (hidden, n_q * head_dim), 1, layer),
-            _single(mlp_norm, fro + "post_attention_layernorm.weight", (hidden,), None, layer),
-            _gate_up(mlp + "linear_fc1.weight", fro + "mlp.", (ffn, hidden), layer),
-            _single(mlp + "linear_fc2.weight", fro + "mlp.down_proj.weight", (hidden, ffn), 1, layer),
         ]
         if hf.attention_bias:
             weights.append(_qkv(attention + "linear_qkv.", fro + "self_attn.", "bias", (), n_q, n_kv, head_dim, layer))
+        weights.append(_single(mlp_norm, fro + "post_attention_layernorm.weight", (hidden,), None, layer))
+        weights += _experts(hf, to, fro, layer) if has_experts(hf, layer) else _mlp(hf, to, fro, layer)
     weights.append(_single("decoder.final_layernorm.weight", "model.norm.weight", (hidden,), None))
     if not hf.tie_word_embeddings:
         weights.append(_single("output_layer.weight", "lm_head.weight", (hf.vocab_size, hidden), 0))
     return weights
 
 
-def _single(names, hf_name: str, shape: Shape, shard_dim: int | None, layer: int | None = None) -> Weight:
-    names = (names,) if isinstance(names, str) else names
+def has_experts(hf, layer: int) -> bool:
+    """Whether a layer's MLP is a mixture of experts."""
+    if not getattr(hf, "num_experts", None):
+        return False
+    return layer not in (hf.mlp_only_layers or ()) and (layer + 1) % hf.decoder_sparse_step == 0
+
+
+def _mlp(hf, to: str, fro: str, layer: int) -> list[Weight]:
+    shape = (hf.intermediate_size, hf.hidden_size)
+    return [
+        _gate_up(to + "mlp.linear_fc1.weight", fro + "mlp.", shape, layer),
+        _single(to + "mlp.linear_fc2.weight", fro + "mlp.down_proj.weight", shape[::-1], 1, layer),
+    ]
+
+
+def _experts(hf, to: str, fro: str, layer: int) -> list[Weight]:
+    """The router and every expert, which are modules of their own or numbered parameters of one grouped multiplication."""
+    shape = (hf.moe_intermediate_size, hf.hidden_size)
+    weights = [_single(to + "mlp.router.weight", fro + "mlp.gate.weight", (hf.num_experts, hf.hidden_size), None, layer)]
+    for e in range(hf.num_experts):
+        fc1, fc2 = (
+            (f"{to}mlp.experts.local_experts.{e}.{part}.weight", f"{to}mlp.experts.{part}.weight{e}")
+            for part in ("linear_fc1", "linear_fc2")
+        )
+        hf_prefix = f"{fro}mlp.experts.{e}."
+        weights += [
+            _gate_up(fc1, hf_prefix, shape, layer, e),
+            _single(fc2, hf_prefix + "down_proj.weight", shape[::-1], 1, layer, e),
+        ]
+    return weights
+
+
+Names = str | tuple[str, ...]
+
+
+def _single(
+    names: Names, hf_name: str, shape: Shape, shard_dim: int | None, layer: int | None = None, expert: int | None = None
+) -> Weight:
     part = HFTensor(hf_name, shape, shard_dim)
-    return Weight(names, layer, (part,), join=lambda parts: parts[0], split=lambda local: [local])
+    return Weight(_tuple(names), layer, (part,), join=lambda parts: parts[0], split=lambda local: [local], expert=expert)
 
 
-def _gate_up(name: str, hf_prefix: str, shape: Shape, layer: int) -> Weight:
+def _gate_up(names: Names, hf_prefix: str, shape: Shape, layer: int, expert: int | None = None) -> Weight:
     """Megatron's fused first MLP matrix: each rank holds its gate rows above its up rows."""
     parts = tuple(HFTensor(f"{hf_prefix}{part}_proj.weight", shape, 0) for part in ("gate", "up"))
-    return Weight((name,), layer, parts, join=torch.cat, split=lambda local: list(local.chunk(2)))
+    return Weight(_tuple(names), layer, parts, join=torch.cat, split=lambda local: list(local.chunk(2)), expert=expert)
+
+
+def _tuple(names: Names) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _qkv(prefix: str, hf_prefix: str, kind: str, tail: Shape, n_q: int, n_kv: int, head_dim: int, layer: int) -> Weight:

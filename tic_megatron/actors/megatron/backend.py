@@ -14,9 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import AutoConfig
 
+from tic_megatron.actors.context_parallel import TokenLayout
 from tic_megatron.actors.megatron.held import HeldParameters
 from tic_megatron.actors.megatron.model import PolicyModel, ResponseTokens, build_model, transformer_config
 from tic_megatron.actors.megatron.parameters import LocalWeights
+from tic_megatron.actors.megatron.routing import RouterReplay
+from tic_megatron.actors.objective import choose_objective
 from tic_megatron.actors.schedule import learning_rate
 from tic_megatron.actors.stats import UpdateResult
 from tic_megatron.actors.step import LossClosure, PackedInputs
@@ -35,36 +38,53 @@ class MegatronBackend:
         actor = settings.actor
         self.hf = AutoConfig.from_pretrained(model_path)
         self.config = transformer_config(self.hf, actor)
-        self.alignment = actor.tensor_parallel_size if self.config.sequence_parallel else 1
+        self.layout = TokenLayout(
+            rank=parallel_state.get_context_parallel_rank(),
+            size=actor.context_parallel_size,
+            group=parallel_state.get_context_parallel_group() if actor.context_parallel_size > 1 else None,
+            sequence_alignment=actor.sequence_alignment,
+            sequence_parallel=actor.tensor_parallel_size if self.config.sequence_parallel else 1,
+        )
+        self.uniform_lengths = not self.config.variable_seq_lengths
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.has_logprobs = parallel_state.is_pipeline_last_stage()
         self.reports = self.has_logprobs and parallel_state.get_tensor_model_parallel_rank() == 0
 
-        model = build_model(self.hf, self.config).to(device)
-        self.weights = LocalWeights(model, self.hf)
+        parts = self._build_parts()
+        self.weights = LocalWeights(parts, self.hf)
         self.weights.load(model_path)
-        self.model = self._distribute(model)
-        self.reference = self._build_reference(model_path) if settings.algorithm.kl_coefficient > 0 else None
+        self.router_replay = RouterReplay(parts, recomputes=actor.recompute == "full") if self._replays_routing else None
+        self.model_parts = [self._distribute(part) for part in parts]
+        self.reference_parts = self._build_reference(model_path) if settings.algorithm.kl_coefficient > 0 else None
         self.held: HeldParameters | None = None
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model], use_gloo_process_groups=False)
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.model_parts, use_gloo_process_groups=False)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.updates_done = 0
 
-    def _build_reference(self, model_path: str) -> PolicyModel:
-        """The frozen reference policy, in the actor's own layout, so that its log-probs come from the same kernels."""
-        model = build_model(self.hf, self.config).to(self.device)
-        LocalWeights(model, self.hf).load(self.settings.algorithm.reference_path or model_path)
-        return model.requires_grad_(False)
+    def _build_parts(self) -> list[PolicyModel]:
+        return [part.to(self.device) for part in build_model(self.hf, self.config)]
 
-    def _distribute(self, model) -> DistributedDataParallel:
+    def _build_reference(self, model_path: str) -> list[PolicyModel]:
+        """The frozen reference policy, in the actor's own layout, so that its log-probs come from the same kernels."""
+        parts = self._build_parts()
+        LocalWeights(parts, self.hf).load(self.settings.algorithm.reference_path or model_path)
+        return [part.requires_grad_(False) for part in parts]
+
+    @property
+    def _replays_routing(self) -> bool:
+        wanted = self.settings.actor.router_replay
+        per_trajectory = not choose_objective(self.settings.algorithm).objective.ratio.per_token
+        return bool(self.config.num_moe_experts) and (wanted == "on" or (wanted == "auto" and per_trajectory))
+
+    def _distribute(self, part: PolicyModel) -> DistributedDataParallel:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
             use_distributed_optimizer=self._distributed_optimizer,
             average_in_collective=False,
         )
-        return DistributedDataParallel(self.config, ddp, model)
+        return DistributedDataParallel(self.config, ddp, part)
 
     @property
     def _distributed_optimizer(self) -> bool:
@@ -93,27 +113,32 @@ class MegatronBackend:
     def forward(self, inputs: list[PackedInputs], *, reference: bool = False) -> list[Tensor]:
         """Log-probs [n] of each micro-batch, forward only, of the policy or of the frozen reference; an empty list on
         stages that have none."""
-        collected: list[Tensor] = []
+        collected: dict[int, Tensor] = {}
 
-        def collect(output: tuple[Tensor, Tensor]):
-            collected.append(output[0])
-            return output[0].sum(), {}
+        def make_closure(index: int):
+            def collect(output: tuple[Tensor, Tensor]):
+                collected[index] = output[0]
+                return output[0].sum(), {}
+
+            return collect
 
         with torch.no_grad():
-            self._run_schedule(inputs, lambda index: collect, reference=reference, forward_only=True)
-        return collected
+            self._run_schedule(inputs, make_closure, reference=reference, forward_only=True)
+        return [collected[index] for index in sorted(collected)]
 
     def hold_parameters(self) -> None:
         """Evaluate the gradients of the updates that follow at the present parameters, until the next call."""
-        self.held = HeldParameters(self.model)
+        self.held = HeldParameters(self.model_parts)
 
     def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
         """Gradients of the summed loss over all micro-batches and ranks, then one optimizer step.
 
         Scaling: the closure's loss is already divided by the mini-batch's global totals, so everything that follows must
-        only sum. With `calculate_per_token_loss` DDP's factor is 1 (it sums over DP instead of averaging), the schedule
-        neither multiplies by CP nor divides by the number of micro-batches, and 0 reported tokens switch off the final
-        division. Under sequence parallelism the norms' partial gradients are summed over TP by `finalize_model_grads`.
+        only sum. With `calculate_per_token_loss` DDP's factor is 1, for experts too (it sums over DP x CP instead of
+        averaging), the schedule neither multiplies by CP nor divides by the number of micro-batches, and 0 reported tokens
+        switch off the final division. The ranks of a context-parallel group differentiate the same trajectory terms, each with
+        respect to its own tokens, so their sum is the gradient. Under sequence parallelism the norms' partial gradients are
+        summed over TP by `finalize_model_grads`.
         """
         no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
 
@@ -123,7 +148,8 @@ class MegatronBackend:
 
             return closure
 
-        self.model.zero_grad_buffer()
+        for part in self.model_parts:
+            part.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.held.in_use() if self.held else nullcontext():
             self._run_schedule(inputs, make_closure, forward_only=False)
@@ -139,22 +165,43 @@ class MegatronBackend:
 
     def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool, reference: bool = False) -> None:
         """Megatron's pipeline schedule over the micro-batches; `make_closure(index)` makes the last stage's loss function."""
+        parts = self.reference_parts if reference else self.model_parts
+        latest = 0
 
-        def forward_step(iterator, model):
-            index, packed = next(iterator)
-            return self._forward_model(model, packed), make_closure(index)
+        def forward_step(iterator, part):
+            nonlocal latest
+            latest, packed = next(iterator)
+            if self.router_replay is not None and not reference:
+                (self.router_replay.record if forward_only else self.router_replay.replay)(packed.routing)
+            return self._forward_model(part, packed), make_closure(latest)
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(enumerate(inputs)),
-            model=[self.reference if reference else self.model],
-            num_microbatches=len(inputs),
-            seq_length=max(packed.input_ids.numel() for packed in inputs),
-            micro_batch_size=1,
-            forward_only=forward_only,
+        iterators = [iter(enumerate(inputs)) for _ in parts]
+        try:
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(parts) > 1 else iterators[0],
+                model=parts,
+                num_microbatches=len(inputs),
+                seq_length=max(sum(packed.lengths) for packed in inputs),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._out_of_memory(inputs, latest)) from error
+
+    def _out_of_memory(self, inputs: list[PackedInputs], index: int) -> str:
+        actor = self.settings.actor
+        advice = f"lower actor.max_tokens_per_microbatch (now {actor.max_tokens_per_microbatch}; at least the longest sequence, "
+        advice += f"{self.settings.max_sequence_tokens})"
+        if actor.recompute != "full":
+            advice += f", or set actor.recompute full (now {actor.recompute})"
+        return (
+            f"out of memory in micro-batch {index + 1} of {len(inputs)} ({len(inputs[index].response_lengths)} responses, "
+            f"{sum(inputs[index].lengths)} tokens over {actor.context_parallel_size} context-parallel ranks): {advice}, "
+            "or raise actor.context_parallel_size or actor.tensor_parallel_size"
         )
 
-    def _forward_model(self, model, packed: PackedInputs):
+    def _forward_model(self, part, packed: PackedInputs):
         starts = torch.tensor([0, *packed.lengths], device=self.device).cumsum(0).to(torch.int32)
         longest = max(packed.lengths)
         response = ResponseTokens(
@@ -163,7 +210,7 @@ class MegatronBackend:
             self.settings.rollout.temperature,
             self.settings.actor.logprob_chunk_tokens,
         )
-        return model(
+        return part(
             packed.input_ids[None],
             packed.position_ids[None],
             attention_mask=None,

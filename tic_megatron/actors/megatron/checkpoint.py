@@ -37,7 +37,8 @@ def load(backend: MegatronBackend, directory: Path) -> None:
             optimizer._init_optimizer_states_with_dummy_values()
             _load_all_but_step(optimizer)
     loaded = dist_checkpointing.load(_sharded_state(backend, is_loading=True), str(directory))
-    backend.model.module.load_state_dict(loaded["model"])
+    for part, name in _model_parts(backend):
+        part.module.load_state_dict(loaded[name])
     backend.optimizer.load_state_dict(loaded["optimizer"])
     for optimizer in _optimizers(backend):
         for state in optimizer.optimizer.state.values():
@@ -64,7 +65,12 @@ def _optimizers(backend: MegatronBackend) -> list:
     return backend.optimizer.chained_optimizers
 
 
+def _model_parts(backend: MegatronBackend) -> list[tuple]:
+    """The parts of the model with the names that Megatron gives them in a checkpoint."""
+    parts = backend.model_parts
+    return [(part, f"model{i}" if len(parts) > 1 else "model") for i, part in enumerate(parts)]
+
+
 def _sharded_state(backend: MegatronBackend, *, is_loading: bool) -> dict:
-    model = backend.model.module.sharded_state_dict(metadata=_METADATA)
-    optimizer = backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
-    return {"model": model, "optimizer": optimizer}
+    model = {name: part.module.sharded_state_dict(metadata=_METADATA) for part, name in _model_parts(backend)}
+    return model | {"optimizer": backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)}

@@ -44,6 +44,8 @@ def install() -> None:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
     _patch_tensor_methods()
     _patch_cuda_module()
+    _patch_experts()
+    _patch_unequal_collectives()
     torch._tic_megatron_cpu = True
 
 
@@ -145,3 +147,42 @@ def _patch_cuda_module() -> None:
         name = "_{}_cuda_rng_state" if module is megatron_random else "{}_rng_state"
         setattr(module, name.format("get"), lambda *args, **kwargs: torch.random.get_rng_state())
         setattr(module, name.format("set"), lambda state, *args, **kwargs: torch.random.set_rng_state(state))
+
+
+def _patch_experts() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    moe_utils.te_general_gemm = None  # the router looks for it, but only Transformer Engine's import defines it
+
+    def to_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):
+        # The token counts that it moves "to the CPU" become the split sizes of a collective, which must be plain numbers.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
+
+
+def _patch_unequal_collectives() -> None:
+    """gloo gathers and reduce-scatters equal parts only; where experts are sharded over TP and EP the parts differ."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_unequal(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, use_global_buffer=use_global_buffer)
+        parts = gather(_padded(input_, max(output_split_sizes)), group).chunk(group.size())
+        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_unequal(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, use_global_buffer=use_global_buffer)
+        longest = max(input_split_sizes)
+        parts = torch.cat([_padded(part, longest) for part in input_.split(input_split_sizes)])
+        return reduce_scatter(parts, group)[: input_split_sizes[group.rank()]].contiguous()
+
+    mappings._gather_along_first_dim = gather_unequal
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_unequal
+
+
+def _padded(x: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.cat([x, x.new_zeros(n - x.shape[0], *x.shape[1:])])

@@ -17,8 +17,8 @@ class HeldParameters:
     copies of this rank's parameters.
     """
 
-    def __init__(self, model: nn.Module):
-        self._parameters = list(model.parameters())
+    def __init__(self, parts: list[nn.Module]):
+        self._parameters = [p for part in parts for p in part.parameters()]
         self._held = [p.detach().clone() for p in self._parameters]
 
     @contextmanager

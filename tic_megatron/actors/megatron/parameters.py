@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -18,12 +20,13 @@ from tic_megatron.weights.names import Weight, qwen3_weights
 class LocalWeights:
     """The entries of the name table that this rank owns, with their parameters."""
 
-    def __init__(self, model: nn.Module, hf):
+    def __init__(self, chunks: list[nn.Module], hf):
         self.hf = hf
         self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        offset = get_transformer_layer_offset(model.config)
-        parameters = {_global_name(name, offset): parameter for name, parameter in model.named_parameters()}
+        self.expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+        self.expert_tp_size = parallel_state.get_expert_tensor_parallel_world_size()
+        parameters = {name: parameter for chunk in chunks for name, parameter in _global_names(chunk, hf)}
         self.entries: list[tuple[Weight, nn.Parameter]] = []
         for weight in qwen3_weights(hf):
             name = next((name for name in weight.names if name in parameters), None)
@@ -40,25 +43,41 @@ class LocalWeights:
         entries = self.entries + ([self.tied_copy] if self.tied_copy else [])
         with torch.no_grad():
             for weight, parameter in entries:
-                slices = [reader.read(t.name, t.shard_slice(self.tp_rank, self.tp_size)) for t in weight.parts]
-                parameter.copy_(weight.join(slices))
+                shard = self.shard(weight)
+                parameter.copy_(weight.join([reader.read(t.name, t.shard_slice(*shard)) for t in weight.parts]))
 
     def owned(self) -> Iterator[tuple[Weight, nn.Parameter]]:
         """The entries of this rank, the tied copy of the embedding left out."""
         return iter(self.entries)
 
+    def shard(self, weight: Weight) -> tuple[int, int]:
+        """(which, of how many) shard of a weight's sharded tensors is here."""
+        if weight.expert is None:
+            return self.tp_rank, self.tp_size
+        return self.expert_tp_rank, self.expert_tp_size
 
-def _global_name(name: str, layer_offset: int) -> str:
-    prefix, layer, rest = _split_layer(name)
-    return name if layer is None else f"{prefix}{layer + layer_offset}.{rest}"
+
+def _global_names(chunk: nn.Module, hf) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model part's parameters, layers and experts numbered as in the whole model."""
+    first_layer = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+    n_experts = getattr(hf, "num_experts", None) or 0
+    first_expert = n_experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert *= parallel_state.get_expert_model_parallel_rank()
+    numbers = {
+        r"^decoder\.layers\.(\d+)\.": first_layer,
+        r"\.mlp\.experts\.local_experts\.(\d+)\.": first_expert,
+        r"\.mlp\.experts\.linear_fc[12]\.weight(\d+)$": first_expert,  # experts in one grouped matrix multiplication
+    }
+    for local_name, parameter in chunk.named_parameters():
+        yield reduce(lambda name, item: _add_to_number(*item, name), numbers.items(), local_name), parameter
 
 
-def _split_layer(name: str) -> tuple[str, int | None, str]:
-    marker = "decoder.layers."
-    if not name.startswith(marker):
-        return name, None, ""
-    number, rest = name[len(marker) :].split(".", 1)
-    return marker, int(number), rest
+def _add_to_number(pattern: str, amount: int, name: str) -> str:
+    """The name with `amount` added to the number that the pattern's group finds, if it finds one."""
+    found = re.search(pattern, name)
+    if not found:
+        return name
+    return f"{name[: found.start(1)]}{int(found[1]) + amount}{name[found.end(1) :]}"
 
 
 class _SafetensorsReader:

@@ -16,7 +16,7 @@ def initialize(rank: int, world_size: int, master: str, settings: ActorSettings,
     """Join the job's process groups and make Megatron's.
 
     Args:
-        rank, world_size: of this process among all actors. TP ranks are neighbours, then DP, then PP (Megatron's order).
+        rank, world_size: of this process among all actors. TP ranks are neighbours, then CP, then DP, then PP (Megatron's order).
         master: `host:port` of rank 0.
         settings: the layout.
         seed: of Megatron's random streams (nothing random happens in a Qwen3 forward pass; kept for checkpoints).
@@ -48,8 +48,13 @@ def arrange(settings: ActorSettings, *, seed: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
+    n_virtual = settings.virtual_pipeline_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=n_virtual if n_virtual > 1 else None,
+        context_parallel_size=settings.context_parallel_size,
+        expert_model_parallel_size=settings.expert_parallel_size,
+        expert_tensor_parallel_size=settings.experts_tensor_parallel,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -10,10 +10,16 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor, nn
 
 from tic_megatron.actors.megatron.attention import PackedAttention
@@ -49,20 +55,31 @@ def transformer_engine_available() -> bool:
 
 
 def qwen3_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Spec of the decoder block of this pipeline stage.
+    """Spec of the layers of one part of this pipeline stage.
 
     fp32 arithmetic keeps our own modules on CUDA too: Transformer Engine has no `thd` attention for it.
     """
-    if transformer_engine_available() and config.params_dtype != torch.float32:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-        norm = layer.submodules.self_attention.submodules.q_layernorm
-    else:
-        layer, norm = _own_layer_spec(), RMSNorm
-    n_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * n_layers, layer_norm=norm)
+    te = transformer_engine_available() and config.params_dtype != torch.float32
+    make = _transformer_engine_layer if te else _own_layer
+    layers = {with_experts: make(config, with_experts=with_experts) for with_experts in set(experts_by_layer(config))}
+    norm = next(iter(layers.values())).submodules.self_attention.submodules.q_layernorm
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    here = experts_by_layer(config)[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=[layers[with_experts] for with_experts in here], layer_norm=norm)
 
 
-def _own_layer_spec() -> ModuleSpec:
+def experts_by_layer(config: TransformerConfig) -> list[bool]:
+    """Whether each layer of the model is a mixture of experts."""
+    return [bool(flag) for flag in config.moe_layer_freq] if config.num_moe_experts else [False] * config.num_layers
+
+
+def _transformer_engine_layer(config: TransformerConfig, *, with_experts: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if with_experts else None, moe_grouped_gemm=with_experts, qk_layernorm=True
+    )
+
+
+def _own_layer(config: TransformerConfig, *, with_experts: bool) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -74,7 +91,16 @@ def _own_layer_spec() -> ModuleSpec:
             k_layernorm=RMSNorm,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    matrices = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if with_experts:
+        experts = ModuleSpec(module=SequentialMLP, submodules=matrices)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=matrices)
+    # One set of checkpoint names for both kinds of layer: Transformer Engine fuses these norms into the linears.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not with_experts:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -84,10 +110,6 @@ def _own_layer_spec() -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # One set of checkpoint names for both kinds of layer: Transformer Engine fuses these norms into the linears.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )

@@ -1,0 +1,50 @@
+"""Every parallel layout gives the gradient of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.layouts.cases import FAST, MODELS, rollout
+from tests.layouts.proof import Finding, Prover
+from tests.layouts.reference import load_float64
+
+
+@pytest.fixture(scope="session")
+def prover(rank_pool, tmp_path_factory) -> Prover:
+    return Prover(rank_pool, tmp_path_factory.mktemp("layouts"))
+
+
+def cases():
+    for model, layouts in MODELS.items():
+        for layout in layouts:
+            fast = str(layout) in FAST.get(model, ())
+            yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else pytest.mark.slow)
+
+
+def check(finding: Finding) -> None:
+    assert finding.worst_error < 1e-5, finding
+    assert finding.wrong_zeros == 0, finding
+    assert finding.norm_error < 1e-5, finding
+    assert finding.value_error < 1e-5, finding
+    assert finding.log_ratio_error < 1e-5, finding
+    assert finding.entropy_error < 1e-6, finding
+    assert finding.noise == 0.0, finding
+
+
+@pytest.mark.parametrize(("model", "layout"), list(cases()))
+def test_gradient_is_that_of_one_process(prover, model, layout):
+    for finding in prover.prove(layout, model):
+        check(finding)
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_the_model_of_one_expert_uses_one_expert(prover, name):
+    model, seen = load_float64(prover.paths("one expert")[name]), set()
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.update(output[2].flatten().tolist()))
+    with torch.no_grad():
+        for trajectory in (t for group in rollout("many") for t in group.trajectories):
+            model(torch.tensor([trajectory.tokens]))
+    assert seen == {0}
