@@ -2,7 +2,8 @@
 
     python examples/quickstart/make_task.py --out DIR --seed 0
 
-writes `DIR/model/` (Hugging Face format: model, tokenizer, chat template), `DIR/train.jsonl` (9,500 problems) and
+writes `DIR/model/` (Hugging Face format: model, tokenizer, chat template; `--experts 4` makes a mixture-of-experts model),
+`DIR/train.jsonl` (9,500 problems) and
 `DIR/eval.jsonl` (500 others). A model that never answers right gets no reward to learn from, so it is first taught on 2,500
 of the training problems, up to a sampled accuracy of 0.30 on problems that it was not taught. The same seed gives the same
 bytes on the same machine. Nothing but torch, tokenizers and transformers is used.
@@ -24,7 +25,15 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils.logging import disable_progress_bar
 
 PAD, EOS = "<|endoftext|>", "<|end|>"
@@ -93,25 +102,34 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A random Qwen3 whose heads, layers and vocabulary divide by 2 (key-value heads) or 4 (all else)."""
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.08,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, experts: int = 0) -> PreTrainedModel:
+    """A random Qwen3 whose heads, layers and vocabulary divide by 2 (key-value heads) or 4 (all else).
+
+    With `experts`, a mixture-of-experts one, of which each token uses two that are together as large as the dense MLP.
+    """
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.08,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config)
+    if experts:
+        config = Qwen3MoeConfig(
+            **sizes, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=224, norm_topk_prob=True
+        )
+        model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
@@ -131,7 +149,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> Encod
     return Encoded(tokens, (position >= start) & (position < end))
 
 
-def answer_logprobs(model: Qwen3ForCausalLM, batch: Encoded) -> tuple[Tensor, Tensor]:
+def answer_logprobs(model: PreTrainedModel, batch: Encoded) -> tuple[Tensor, Tensor]:
     """Log-probs of the answers' tokens and whether each is the likeliest one.
 
     Returns [N, L-1] float, 0 outside of the answers, and [N, L-1] bool, True outside. The padding is on the right, where a
@@ -144,7 +162,7 @@ def answer_logprobs(model: Qwen3ForCausalLM, batch: Encoded) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, batch: Encoded) -> tuple[float, float]:
+def accuracy(model: PreTrainedModel, batch: Encoded) -> tuple[float, float]:
     """Sampled accuracy at temperature 1 (in expectation: the mean probability of the answers) and greedy accuracy."""
     sampled, greedy = [], []
     for tokens, targets in zip(batch.tokens.split(250), batch.targets.split(250), strict=True):
@@ -154,7 +172,7 @@ def accuracy(model: Qwen3ForCausalLM, batch: Encoded) -> tuple[float, float]:
     return torch.cat(sampled).mean().item(), torch.cat(greedy).mean().item()
 
 
-def teach(model: Qwen3ForCausalLM, taught: Encoded, *, max_steps: int, seed: int) -> Iterator[tuple[int, float]]:
+def teach(model: PreTrainedModel, taught: Encoded, *, max_steps: int, seed: int) -> Iterator[tuple[int, float]]:
     """Supervised training. Yields after each step its number and the batches' sampled accuracy, averaged over about ten."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
@@ -173,7 +191,7 @@ def teach(model: Qwen3ForCausalLM, taught: Encoded, *, max_steps: int, seed: int
         yield step, running_accuracy
 
 
-def step_back(model: Qwen3ForCausalLM, before: dict[str, Tensor], checked: Encoded) -> None:
+def step_back(model: PreTrainedModel, before: dict[str, Tensor], checked: Encoded) -> None:
     """Set the weights to the point between `before` and the present ones that has the target accuracy.
 
     Near the target a few steps change the accuracy by 0.05. Accuracy is continuous along the line and crosses the target, so
@@ -188,7 +206,7 @@ def step_back(model: Qwen3ForCausalLM, before: dict[str, Tensor], checked: Encod
         low, high = (middle, high) if sampled < TARGET_ACCURACY else (low, middle)
 
 
-def warm_start(model: Qwen3ForCausalLM, taught: Encoded, checked: Encoded, *, max_steps: int, seed: int) -> bool:
+def warm_start(model: PreTrainedModel, taught: Encoded, checked: Encoded, *, max_steps: int, seed: int) -> bool:
     """Teach up to the target accuracy on the checked problems, which are not taught; returns False if `max_steps` come first."""
     before, start, reached = copy.deepcopy(model.state_dict()), time.monotonic(), False
     for step, running_accuracy in teach(model, taught, max_steps=max_steps, seed=seed):
@@ -220,14 +238,14 @@ def write_problems(path: Path, problems: list[Problem], split: str) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_task(out: Path, *, seed: int, max_warm_start_steps: int | None = None) -> bool:
+def make_task(out: Path, *, seed: int, experts: int = 0, max_warm_start_steps: int | None = None) -> bool:
     """Make the task in the folder `out`, which must not exist yet. Returns whether the warm start reached its accuracy."""
     disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     train, held_out = make_problems(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, seed, experts)
     taught = encode(tokenizer, train[:N_TAUGHT])
     checked = encode(tokenizer, train[N_TAUGHT : N_TAUGHT + N_CHECKED])
     reached = warm_start(model, taught, checked, max_steps=max_warm_start_steps or MAX_WARM_START_STEPS, seed=seed)
@@ -248,13 +266,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make the quickstart's model and problems (two-digit addition).")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist yet")
     parser.add_argument("--seed", type=int, default=0, help="fixes the problems' split, the weights and the warm start")
+    parser.add_argument("--experts", type=int, default=0, help="make a mixture-of-experts model with so many experts per layer")
     parser.add_argument("--max-warm-start-steps", type=int, help="end the warm start after so many steps, whatever the accuracy")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out: {args.out} exists already; remove it or name another folder")
+    if args.experts == 1 or args.experts < 0:
+        parser.error(f"--experts: {args.experts} is not a number of experts of which each token uses two; 0 is a dense model")
     if args.max_warm_start_steps is not None and args.max_warm_start_steps < 1:
         parser.error(f"--max-warm-start-steps: {args.max_warm_start_steps} is not a positive number")
-    reached = make_task(args.out, seed=args.seed, max_warm_start_steps=args.max_warm_start_steps)
+    reached = make_task(args.out, seed=args.seed, experts=args.experts, max_warm_start_steps=args.max_warm_start_steps)
     if reached or args.max_warm_start_steps:
         return 0
     print(f"make_task.py: the warm start did not reach {TARGET_ACCURACY} sampled accuracy; try another --seed", file=sys.stderr)
