@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from tic_megatron.algorithms.objectives import ObjectiveTerms, objective_terms, 
 from tic_megatron.algorithms.penalties import KL_LOSSES, k1, weighted_sum
 from tic_megatron.algorithms.ratios import Segments
 from tic_megatron.config import Settings
+from tic_megatron.rewards import get_reward
 from tic_megatron.trajectory import MicroBatch, MiniBatch
 
 
@@ -26,7 +28,8 @@ class PackedInputs:
 
     `input_ids`, `position_ids` [tokens]; `lengths`: tokens of each sequence; `positions` [n]: index of the token before each
     response token; `targets` [n]: the response tokens; `trajectory` [n]: which trajectory each belongs to;
-    `response_lengths`, `advantages` [n_trajectories]; `inference_logprobs` [n]: the generator's.
+    `response_lengths`, `advantages` [n_trajectories] (with a dense reward, advantages [n]); `inference_logprobs` [n]: the
+    generator's.
     """
 
     input_ids: Tensor
@@ -79,13 +82,17 @@ def pack_inputs(micro_batch: MicroBatch, *, alignment: int, device: torch.device
         targets=tensor(targets),
         trajectory=tensor(owner),
         response_lengths=tensor([t.response_length for t in micro_batch.trajectories]),
-        advantages=tensor([t.advantage for t in micro_batch.trajectories], torch.float64),
+        advantages=tensor([a for t in micro_batch.trajectories for a in t.unit_advantages], torch.float64),
         inference_logprobs=tensor(inference, torch.float32),
     )
 
 
 LossClosure = Callable[[int, Tensor, Tensor], Tensor]
-"""(micro-batch index, log-probs [n], entropy [n]) -> loss to minimise, a scalar that is summed over micro-batches and ranks."""
+"""(micro-batch index, log-probs [n], entropy [n]) -> loss to minimise, a scalar that is summed over micro-batches and ranks.
+
+It is not finite when a log-prob is not: nothing can be saved of such an update, since the NaN of one sequence reaches every
+weight's gradient.
+"""
 
 
 class Backend(Protocol):
@@ -108,7 +115,8 @@ class Backend(Protocol):
         ...
 
     def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
-        """Forward and backward of every micro-batch and one optimizer step."""
+        """Forward and backward of every micro-batch and one optimizer step; skipped on all ranks when a loss or a gradient
+        is not finite on any."""
         ...
 
 
@@ -118,7 +126,8 @@ class PolicyStep:
     def __init__(self, backend: Backend, settings: Settings):
         self.backend = backend
         self.settings = settings
-        chosen = choose_objective(settings.algorithm)
+        self.dense = get_reward(settings.reward.function).dense
+        chosen = choose_objective(settings.algorithm, dense=self.dense)
         self.objective, self.clip_range = chosen.objective, chosen.clip_range
 
     def load(self, mini_batches: list[MiniBatch]) -> None:
@@ -146,19 +155,24 @@ class PolicyStep:
             for k in range(len(self.inputs)):
                 self._compute_reference(k)
 
-    def kl_to_reference(self) -> list[float] | None:
-        """Sum of k1 over each trajectory of this rank, in the order of its micro-batches, for the reward; None on ranks
-        that report nothing."""
-        kl: list[float] = []
+    def kl_to_reference(self) -> list[list[float]] | None:
+        """k1 of each trajectory of this rank, in the order of its micro-batches, for the reward: [its sum], or with a dense
+        reward that of each sampled token; None on ranks that report nothing."""
+        kl: list[list[float]] = []
         for k, packed in enumerate(self.inputs):
             self._compute_old(k)
             self._compute_reference(k)
             for inputs, old, reference in zip(packed, self.old[k], self.reference[k], strict=False):
-                kl += inputs.segments.sum(k1(old, reference)).tolist()
+                per_token = k1(old, reference)
+                if self.dense:
+                    kl += [part.tolist() for part in per_token.split(inputs.response_lengths.tolist())]
+                else:
+                    kl += inputs.segments.sum(per_token)[:, None].tolist()
         return kl if self.backend.reports else None
 
     def set_advantages(self, advantages: list[float]) -> None:
-        """Replace the advantages of this rank's trajectories, in the order of its micro-batches."""
+        """Replace the advantages of this rank's trajectories (of their sampled tokens, with a dense reward), in the order of
+        its micro-batches."""
         remaining = torch.tensor(advantages, dtype=torch.float64, device=self.backend.device)
         for packed in self.inputs:
             for inputs in packed:
@@ -174,6 +188,10 @@ class PolicyStep:
 
         def loss(index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
             inputs = self.inputs[k][index]
+            bad = self._bad_trajectories(k, index, logprobs.detach())
+            if bad:
+                stats.bad_prompts += bad
+                return logprobs.sum() * math.nan
             old = self._old_for_update(k, index, logprobs.detach(), stats)
             terms, value = self._objective(k, index, logprobs, old, entropy)
             stats.value += value.item()
@@ -181,13 +199,25 @@ class PolicyStep:
             stats.n_tokens += logprobs.numel()
             stats.log_ratio += terms.log_ratio.tolist()
             stats.capped += terms.capped.tolist()
-            stats.advantages += inputs.advantages.tolist()
+            advantages = inputs.segments.sum(inputs.advantages) if self.dense else inputs.advantages
+            stats.advantages += advantages.tolist()
             if self.reference:
                 stats.kl_sum = (stats.kl_sum or 0.0) + k1(logprobs.detach(), self.reference[k][index]).double().sum().item()
             return -value
 
         stats.result = self.backend.update(self.inputs[k], loss)
         return stats if self.backend.reports else None
+
+    def _bad_trajectories(self, k: int, index: int, logprobs: Tensor) -> list[str]:
+        """Prompt ids of the trajectories of a micro-batch with a log-prob that is not finite, by any of the policies used."""
+        inputs = self.inputs[k][index]
+        finite = torch.isfinite(logprobs)
+        for others in (self.old, self.reference):
+            if k in others:
+                finite = finite & torch.isfinite(others[k][index])
+        n_bad = inputs.segments.sum((~finite).double()).tolist()
+        trajectories = self.mini_batches[k].micro_batches[index].trajectories
+        return [t.prompt.id for t, n in zip(trajectories, n_bad, strict=True) if n]
 
     def _objective(self, k: int, index: int, logprobs: Tensor, old: Tensor, entropy: Tensor) -> tuple[ObjectiveTerms, Tensor]:
         """The policy term's details, and the whole value to maximise: policy term, entropy bonus, KL penalty."""
