@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tic_megatron.actors.stats import UpdateResult
 from tic_megatron.actors.step import PolicyStep
 from tic_megatron.config import Settings
 from tic_megatron.data.packing import pack_rollout
+from tic_megatron.trainer import penalize_rewards
 
 
 class GivenLogprobs:
@@ -77,3 +79,25 @@ def test_good_trajectories_are_not_named():
     step.old_logprobs(check_noise=False)
     stats = step.update(0)
     assert stats.bad_prompts == [] and stats.result.applied and stats.log_ratio
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_kl_that_is_not_finite_leaves_the_reward_alone(dense):
+    """The update that meets its log-probs is skipped; the others get their penalty."""
+    groups = random_rollout(seed=0, n_prompts=2, group_size=3, vocab=50, dense=dense)
+    trajectories = [t for group in groups for t in group.trajectories]
+    before = [t.reward for t in trajectories]
+    shards = pack_rollout(groups, 1, 1, 300, keep_all=True)
+    order = [t for m in shards[0][0].micro_batches for t in m.trajectories]
+    kl = [[0.25] * (t.response_length if dense else 1) for t in order]
+    kl[order.index(trajectories[4])][-1] = math.nan
+    sent = []
+    settings = Settings()
+    settings.algorithm.kl_coefficient = 2.0
+    actors = SimpleNamespace(kl_to_reference=lambda: [kl], set_advantages=sent.append)
+    penalize_rewards(SimpleNamespace(settings=settings, actors=actors), groups, shards)
+    for i, (t, reward) in enumerate(zip(trajectories, before, strict=True)):
+        n = t.response_length if dense else 1
+        assert t.reward == pytest.approx(reward if i == 4 else reward - 0.5 * n)
+        assert not dense or t.reward == pytest.approx(sum(t.token_rewards))
+    assert sent == [[[a for t in order for a in t.unit_advantages]]]

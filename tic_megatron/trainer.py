@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,6 +107,8 @@ def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]
     ]
     for trajectories, kl in zip(order, run.actors.kl_to_reference(), strict=True):
         for trajectory, value in zip(trajectories, kl, strict=True):
+            if not all(map(math.isfinite, value)):
+                continue  # so are its log-probs, and the update that meets it is skipped
             trajectory.reward -= options.kl_coefficient * sum(value)
             if trajectory.token_rewards is not None:
                 penalties = trajectory.spread(value)
