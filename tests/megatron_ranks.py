@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from tests.rollouts import random_rollout
@@ -26,8 +28,8 @@ def layout_settings(
     return settings
 
 
-def rollout(vocab: int):
-    return random_rollout(seed=3, n_prompts=10, group_size=3, vocab=vocab)
+def rollout(vocab: int, *, dense: bool = False):
+    return random_rollout(seed=3, n_prompts=10, group_size=3, vocab=vocab, dense=dense)
 
 
 def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> list[dict]:
@@ -39,14 +41,15 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
 
     results = []
     for i, case in enumerate(cases):
-        model = case.pop("model")
+        model, dense = case.pop("model"), case.pop("dense", False)
         settings = layout_settings(world_size, **case)
         if i == 0:
             device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
         else:
             runtime.arrange(settings.actor, seed=0)
+        settings.reward.function = "exact_dense" if dense else "exact"
         backend = MegatronBackend(settings, model, device)
-        groups = rollout(backend.hf.vocab_size)
+        groups = rollout(backend.hf.vocab_size, dense=dense)
         step = PolicyStep(backend, settings)
         shards = pack_rollout(groups, 2, Packing.of(settings))
         step.load(shards[backend.data_parallel_rank])
@@ -167,3 +170,66 @@ def parameters_seen(rank: int, world_size: int, master: str, model: str, precisi
         step.update(k)
         after.append(snapshot())
     return {"before": before, "seen": seen, "after": after}
+
+
+def _poison_embedding(backend, value: float) -> list:
+    """From now on the first token of every micro-batch has the embedding `value`. Returns the hook, to be removed."""
+    from megatron.core import parallel_state
+
+    def poison(module, arguments, output):
+        output = output.clone()
+        output[0] = value
+        return output
+
+    if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        return [backend.model_parts[0].module.embedding.register_forward_hook(poison)]
+    return []
+
+
+def bad_updates(rank: int, world_size: int, master: str, model: str, layouts: list[dict]) -> list[dict]:
+    """For each layout: an update that meets log-probs which are not finite, for the first trajectories of the micro-batches;
+    one that meets a gradient which is not, in rank 0's shard only; and a good one. This rank's view of each."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+
+    results = []
+    for i, layout in enumerate(layouts):
+        value = layout.pop("value")
+        settings = layout_settings(world_size, objective="tic_grpo", **layout)
+        if i == 0:
+            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+        else:
+            runtime.arrange(settings.actor, seed=0)
+        backend = MegatronBackend(settings, model, device)
+        groups = rollout(backend.hf.vocab_size)[:9]
+        step = PolicyStep(backend, settings)
+        step.load(pack_rollout(groups, 3, Packing.of(settings))[backend.data_parallel_rank])
+        step.old_logprobs(check_noise=False)
+        snapshots = [[p.detach().clone() for p in backend.model_parts[0].parameters()]]
+
+        def update(k: int, step=step, backend=backend, snapshots=snapshots):
+            stats = step.update(k)
+            snapshots.append([p.detach().clone() for p in backend.model_parts[0].parameters()])
+            return stats
+
+        hooks = _poison_embedding(backend, value)
+        stats = [update(0)]
+        for hook in hooks:
+            hook.remove()
+        run_schedule = backend._run_schedule
+
+        def overflow(*args, backend=backend, run_schedule=run_schedule, value=value, **kwargs):
+            run_schedule(*args, **kwargs)
+            if rank == 0:
+                next(p for p in backend.model_parts[0].parameters() if p.dim() == 2).main_grad.view(-1)[1] = value
+
+        backend._run_schedule = overflow
+        stats.append(update(1))
+        backend._run_schedule = run_schedule
+        stats.append(update(2))
+        first = [m.trajectories[0].prompt.id for m in step.mini_batches[0].micro_batches if m.trajectories]
+        same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(snapshots)]
+        finite = all(torch.isfinite(p).all() for p in snapshots[-1])
+        results.append({"stats": stats, "same": same, "finite": finite, "first": first})
+    return results

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 
-from tic_megatron.algorithms import group_advantages
+from tic_megatron.algorithms import dense_advantages, group_advantages
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
 
 def random_rollout(
-    *, seed: int, n_prompts: int, group_size: int, vocab: int, max_prompt: int = 20, max_response: int = 30
+    *, seed: int, n_prompts: int, group_size: int, vocab: int, max_prompt: int = 20, max_response: int = 30, dense: bool = False
 ) -> list[Group]:
     """Groups with random lengths (single-token responses among them), rewards 0 or 1, and advantages.
+
+    `dense`: rewards at tokens instead, and a few tokens that the policy did not sample.
 
     Token 0 is left out: it is the padding token of the small models, whose embedding transformers does not train.
     """
@@ -30,5 +32,21 @@ def random_rollout(
         rewards = torch.tensor([[t.reward for t in trajectories]], dtype=torch.float64)
         for t, a in zip(trajectories, group_advantages(rewards)[0].tolist(), strict=True):
             t.advantage = a
+        if dense:
+            grade_tokens(trajectories, rng)
         groups.append(Group(prompt, trajectories))
     return groups
+
+
+def grade_tokens(trajectories: list[Trajectory], rng: random.Random) -> None:
+    """Random rewards at tokens, and their advantages."""
+    import torch
+
+    for t in trajectories:
+        t.response_mask = [int(i == 0 or rng.random() < 0.9) for i in range(len(t.response_ids))]
+        t.token_rewards = [rng.choice((0.0, 0.0, 0.5, 1.0, -0.5)) * sampled for sampled in t.response_mask]
+        t.reward = sum(t.token_rewards)
+    advantages = dense_advantages([torch.tensor(t.sampled(t.token_rewards), dtype=torch.float64) for t in trajectories])
+    for t, a in zip(trajectories, advantages, strict=True):
+        t.token_advantages = t.spread(a.tolist())
+        t.advantage = a.sum().item()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.algorithm_reference import Batch
-from tic_megatron.algorithms import OBJECTIVES, Objective, clips, group_advantages, normalisers, ratios
+from tic_megatron.algorithms import OBJECTIVES, Objective, clips, dense_advantages, group_advantages, normalisers, ratios
 from tic_megatron.algorithms import objectives as objectives_module
 from tic_megatron.algorithms.corrections import generator_correction
 from tic_megatron.algorithms.objectives import register_objective
@@ -43,6 +43,54 @@ def test_group_advantages_of_equal_rewards_and_bad_input():
     for bad in (torch.zeros(4), torch.zeros(4, 1), torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, math.inf]])):
         with pytest.raises(ValueError, match="rewards must be"):
             group_advantages(bad)
+
+
+@seeded
+@given(
+    rewards=st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=2, max_size=4),
+    normalize_std=st.booleans(),
+    leave_one_out=st.booleans(),
+)
+def test_dense_advantages(rewards, normalize_std, leave_one_out):
+    """Against plain floats: each token's credit, the sum of the advantages from it on, is its reward-to-go above the group's."""
+    tensors = [torch.tensor(r, dtype=torch.float64) for r in rewards]
+    found = dense_advantages(tensors, normalize_std=normalize_std, leave_one_out=leave_one_out)
+
+    def to_go(row: list[float], t: int) -> float:
+        return math.fsum(row[min(t, len(row) - 1) :])
+
+    columns = [[to_go(row, t) for row in rewards] for t in range(max(map(len, rewards)))]
+    scale = math.sqrt(np.mean([np.var(column) for column in columns])) + 1e-6 if normalize_std else 1.0
+    for i, (advantages, row) in enumerate(zip(found, rewards, strict=True)):
+        assert advantages.shape == (len(row),)
+        for t in range(len(row)):
+            others = columns[t][:i] + columns[t][i + 1 :] if leave_one_out else columns[t]
+            expected = (columns[t][i] - math.fsum(others) / len(others)) / scale
+            assert math.isclose(advantages[t:].sum().item(), expected, rel_tol=1e-6, abs_tol=1e-6 * max(1.0, 1 / scale))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_std": True}, {"leave_one_out": True}])
+def test_a_dense_reward_at_the_last_tokens_is_the_plain_one(options):
+    """Also when divided by the standard deviation: the same advantage, at the last token."""
+    sums = torch.tensor([1.0, 0.0, 0.25, 1.0], dtype=torch.float64)
+    lengths = [3, 1, 5, 2]
+    rewards = [torch.cat([torch.zeros(n - 1, dtype=torch.float64), r[None]]) for n, r in zip(lengths, sums, strict=True)]
+    plain = group_advantages(sums[None], **options)[0]
+    for advantages, expected in zip(dense_advantages(rewards, **options), plain, strict=True):
+        torch.testing.assert_close(advantages[-1], expected, rtol=1e-12, atol=0)
+        assert (advantages[:-1] == 0).all()
+
+
+def test_dense_advantages_of_equal_rewards_and_bad_input():
+    same = [torch.tensor(r) for r in ([0.0, 0.7], [0.7], [0.0, 0.0, 0.7])]  # 0.7 to come at every token of each
+    for options in ({}, {"normalize_std": True, "leave_one_out": True}):
+        assert all((a == 0).all() for a in dense_advantages(same, **options))
+    # Equal sums, but one response earned half of it at its first token.
+    assert any((a != 0).any() for a in dense_advantages([torch.tensor([1.0]), torch.tensor([0.5, 0.5])]))
+    one = torch.ones(1)
+    for bad in ([], [one], [one, torch.ones(0)], [one, torch.tensor([0.0, math.nan])]):
+        with pytest.raises(ValueError, match="rewards must be"):
+            dense_advantages(bad)
 
 
 @pytest.mark.parametrize("form", ["truncate", "mask"])

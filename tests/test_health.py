@@ -11,6 +11,7 @@ HEALTHY = {
     "policy/grad_norm": 0.3,
     "policy/entropy": 0.5,
     "policy/kl": 0.01,
+    "policy/skipped_updates": 0.0,
     "policy/ratio_capped_fraction": 0.05,
     "policy/ratio_underflow_fraction": 0.0,
     "policy/log_ratio_abs_max_first": 0.0,
@@ -22,6 +23,7 @@ HEALTHY = {
 }
 SIGNS = {
     "stale gradients": {"policy/ess": 0.3, "policy/grad_norm": 0.9},
+    "skipped updates": {"policy/skipped_updates": 1.0},
     "ratio capped": {"policy/ratio_capped_fraction": 0.7},
     "ratio underflow": {"policy/ratio_underflow_fraction": 0.05},
     "advantage collapse": {"reward/zero_advantage_fraction": 0.97},

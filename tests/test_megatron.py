@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import megatron_ranks
 from tests.models import make_tiny_qwen3
+from tic_megatron.actors.metrics import skipped_updates, update_metrics
 from tic_megatron.data.packing import has_equal_rewards
 
 OBJECTIVES = ("tic_grpo", "grpo")
@@ -46,7 +47,11 @@ def objective_value(name: str, trajectories, trainer, old, n: int, max_response:
     total = 0.0
     for t, new, before in zip(trajectories, trainer, old, strict=True):
         delta = new - before
-        if name == "tic_grpo":
+        if t.token_advantages is not None:
+            sampled = torch.tensor(t.response_mask) == 1
+            weights = torch.minimum(delta[sampled].cumsum(0).exp(), torch.tensor(1.28))
+            total = total + (weights * torch.tensor(t.token_advantages)[sampled]).sum() / max_response
+        elif name == "tic_grpo":
             total = total + torch.minimum(delta.sum().exp(), torch.tensor(1.28)) * t.advantage / max_response
         else:
             ratio = delta.exp()
@@ -55,7 +60,7 @@ def objective_value(name: str, trajectories, trainer, old, n: int, max_response:
     return total / n
 
 
-def reference_updates(path: str, objective: str, optimizer: str = "sgd", penalty=None) -> list[dict]:
+def reference_updates(path: str, objective: str, optimizer: str = "sgd", penalty=None, *, dense: bool = False) -> list[dict]:
     """Two updates of the whole model in float64 by autograd; value, gradient and norm of each, parameters after both.
 
     `penalty(trajectory, logprobs, entropy)` is subtracted from the value, divided by N T; with it all groups are kept.
@@ -66,7 +71,7 @@ def reference_updates(path: str, objective: str, optimizer: str = "sgd", penalty
         optimizer = torch.optim.SGD(parameters, lr=SGD_RATE)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    groups = megatron_ranks.rollout(model.config.vocab_size)
+    groups = megatron_ranks.rollout(model.config.vocab_size, dense=dense)
     old = {id(t): response_logprobs(model, t, 0.8).detach() for g in groups for t in g.trajectories}
     updates = []
     for part in (groups[:5], groups[5:]):
@@ -81,7 +86,8 @@ def reference_updates(path: str, objective: str, optimizer: str = "sgd", penalty
         gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
-        log_ratio = [(a - b).sum().item() for a, b in zip(new, before, strict=True)]
+        masks = [torch.tensor(t.response_mask) for t in trajectories]
+        log_ratio = [((a - b) * m).sum().item() for a, b, m in zip(new, before, masks, strict=True)]
         updates.append({"value": value.item(), "norm": norm, "gradient": gradient, "log_ratio": sorted(log_ratio)})
     updates[-1]["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     return updates
@@ -206,6 +212,54 @@ def test_kl_and_entropy_terms_have_the_reference_gradient(rank_pool, models, tmp
     case = {"model": models["untied"], "objective": "tic_grpo", "tp": 2, "options": options, **sgd}
     ranks = [r[0] for r in rank_pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[case])]
     check_updates(ranks, reference_updates(models["untied"], "tic_grpo", penalty=penalty), (estimator,))
+
+
+def test_dense_rewards_have_the_reference_gradient(rank_pool, models):
+    """Prefix ratios over a packed micro-batch, at TP 2, PP 2 and DP 2; some tokens were not sampled by the policy."""
+    sgd = {"optimizer": "sgd", "learning_rate": SGD_RATE}
+    layouts = ("tp2", "pp2", "dp2")
+    cases = [{"model": models["untied"], "objective": "tic_grpo", "dense": True, **sgd, **LAYOUTS_OF_TWO[n]} for n in layouts]
+    ranks = rank_pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=200, cases=cases)
+    reference = reference_updates(models["untied"], "tic_grpo", dense=True)
+    assert any(abs(x) > math.log(1.28) for x in reference[1]["log_ratio"]), "the clip is in use"
+    for i, layout in enumerate(layouts):
+        check_updates([r[i] for r in ranks], reference, (layout, "dense"))
+
+
+LAYOUTS_OF_BAD_UPDATES = [
+    {"tp": 2, "value": math.nan},
+    {"pp": 2, "value": math.inf, "precision": "bf16"},
+    {"distributed": True, "value": math.nan},
+    {"pp": 2, "value": math.nan, "precision": "fp16"},
+]
+
+
+def test_updates_with_numbers_that_are_not_finite_are_skipped_by_all_ranks(rank_pool, models):
+    """The parameters stay bit for bit, on every rank; the trajectories are named; the next update works."""
+    layouts = [dict(layout) for layout in LAYOUTS_OF_BAD_UPDATES]
+    ranks = rank_pool.run(
+        "tests.megatron_ranks:bad_updates", world_size=2, timeout_s=200, model=models["untied"], layouts=layouts
+    )
+    for i, layout in enumerate(LAYOUTS_OF_BAD_UPDATES):
+        views = [r[i] for r in ranks]
+        for view in views:
+            assert view["same"] == [True, True, False], layout
+            assert view["finite"], layout
+        reports = [view for view in views if view["stats"][0] is not None]
+        assert len(reports) == (2 if "distributed" in layout else 1)
+        updates = bad_logprobs, bad_gradient, good = list(zip(*(view["stats"] for view in reports), strict=True))
+        fp16 = layout.get("precision") == "fp16"
+        assert [s.bad_prompts for s in bad_logprobs] == [view["first"] for view in reports], layout
+        assert not any(s.result.applied or s.result.overflow for s in bad_logprobs), layout
+        assert not any(s.result.applied for s in bad_gradient), layout
+        assert all(s.result.overflow == fp16 for s in bad_gradient), layout
+        assert all(s.result.applied and s.result.grad_norm > 0 and not s.bad_prompts for s in good), layout
+        metrics = update_metrics(updates, [])
+        assert metrics["policy/skipped_updates"] == 2
+        assert metrics["policy/bad_trajectories"] == sum(len(view["first"]) for view in reports) > 0
+        assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] == good[0].result.grad_norm
+        # An overflow of fp16's loss scale is no fault to report.
+        assert [s.index for s in skipped_updates(updates)] == ([0] if fp16 else [0, 1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

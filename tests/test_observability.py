@@ -22,7 +22,7 @@ from tic_megatron.observability.files import atomic_writer
 from tic_megatron.observability.metrics import MetricsLogger, check_logging, read_metrics
 from tic_megatron.observability.plots import plot_curves
 from tic_megatron.observability.progress import ProgressDisplay, format_duration, sparkline
-from tic_megatron.observability.rollouts import find_rollout, read_rollout, rollout_path, write_rollout
+from tic_megatron.observability.rollouts import find_rollout, read_replay, read_rollout, rollout_path, write_rollout
 from tic_megatron.observability.summary import write_summary
 from tic_megatron.observability.timers import PhaseTimers
 from tic_megatron.trajectory import Group, Prompt, Trajectory
@@ -196,6 +196,30 @@ def test_rollouts_keep_odd_text_and_prompts_that_occur_twice(tmp_path: Path) -> 
     row = json.loads((tmp_path / "step_000001.jsonl").read_bytes().split(b"\n")[0].decode("utf-8", "surrogatepass"))
     assert {"step": 1, "prompt_id": "train:1", "answer": "4", "reward": 0.0, "weight_version": 0}.items() <= row.items()
     assert "中" in (tmp_path / "step_000001.jsonl").read_text(encoding="utf-8", errors="surrogatepass")
+
+
+def test_rollouts_keep_dense_rewards_and_a_replay_must_ask_for_them(tmp_path: Path) -> None:
+    prompt = Prompt("p", "1+1=", "2", (1,))
+    dense = Trajectory(
+        prompt, [3, 4], [-0.5, -0.5], [1, 0], "2", False, 0, reward=0.1, token_rewards=[0.1, 0.0], token_advantages=[-0.3, 0.0]
+    )
+    plain = Trajectory(prompt, [3], [-0.5], [1], "2", False, 0, reward=0.1)
+    dense_file, plain_file, old_file = (tmp_path / f"{name}.jsonl" for name in ("dense", "plain", "old"))
+    write_rollout(dense_file, 1, [Group(prompt, [dense])])
+    write_rollout(plain_file, 1, [Group(prompt, [plain])])
+    row = json.loads(plain_file.read_text())
+    old_file.write_text(json.dumps({k: v for k, v in row.items() if not k.startswith("token_")}) + "\n")  # of an earlier version
+    assert read_replay(dense_file, dense=True) == [Group(prompt, [dense])]
+    assert read_replay(plain_file, dense=False) == read_replay(old_file, dense=False) == [Group(prompt, [plain])]
+    with pytest.raises(SettingsError, match=r"dense\.jsonl holds one reward per token, but reward\.function gives one per resp"):
+        read_replay(dense_file, dense=False)
+    with pytest.raises(
+        SettingsError, match=r"plain\.jsonl holds one reward per response, but reward\.function gives one per tok"
+    ):
+        read_replay(plain_file, dense=True)
+    dense_file.write_text(dense_file.read_text().replace('"token_rewards": [0.1, 0.0]', '"token_rewards": [0.1]'))
+    with pytest.raises(SettingsError, match="line 1: token_rewards must be null or have one number per response token"):
+        read_rollout(dense_file)
 
 
 def test_replay_finds_the_rollout_of_a_step(tmp_path: Path) -> None:

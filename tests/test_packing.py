@@ -9,9 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tic_megatron.actors.schedule import learning_rate
-from tic_megatron.config import Settings
+from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.data.packing import Packing, has_equal_rewards, pack_mini_batch, pack_rollout
-from tic_megatron.data.quality import TooManyBadTrajectoriesError, drop_bad_trajectories
+from tic_megatron.data.quality import (
+    SkippedUpdate,
+    TooManyBadTrajectoriesError,
+    drop_bad_trajectories,
+    report_skipped_updates,
+)
+from tic_megatron.trainer import set_advantages
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
 
@@ -71,6 +77,67 @@ def test_a_trajectory_beyond_the_budget_is_named():
 def test_equal_rewards_are_compared_not_their_mean():
     assert has_equal_rewards(group(0, 1, [(1, 0.7)] * 16))
     assert not has_equal_rewards(group(0, 1, [(1, 0.7)] * 15 + [(1, 0.7000001)]))
+
+
+def dense_group(*rewards: list[float]) -> Group:
+    """A group graded by token, advantages set."""
+    dense = group(0, 1, [(len(r), sum(r)) for r in rewards])
+    for t, r in zip(dense.trajectories, rewards, strict=True):
+        t.token_rewards = list(r)
+    set_advantages([dense], AlgorithmSettings())
+    return dense
+
+
+def test_dense_rewards_teach_something_when_any_token_differs():
+    assert has_equal_rewards(dense_group([0.0, 0.7], [0.7], [0.0, 0.0, 0.7]))
+    assert has_equal_rewards(dense_group([0.5, 0.2], [0.5, 0.2]))
+    assert not has_equal_rewards(dense_group([1.0], [0.5, 0.5]))  # equal sums
+    assert not has_equal_rewards(dense_group([0.0, 0.7], [0.0, 0.6]))
+    assert has_equal_rewards(dense_group([0.3, 0.4]))  # the others were left out
+    assert pack_mini_batch([dense_group([0.2], [0.2])], Packing(1, 10))[0].micro_batches[0].trajectories == []
+
+
+def test_dense_advantages_skip_tokens_that_were_not_sampled():
+    dense = dense_group([1.0, 0.0, 2.0], [0.0, 0.0, 0.0])
+    masked = group(0, 1, [(4, 3.0), (3, 0.0)])
+    masked.trajectories[0].response_mask = [1, 0, 1, 1]
+    masked.trajectories[0].token_rewards, masked.trajectories[1].token_rewards = [1.0, 0.0, 0.0, 2.0], [0.0] * 3
+    set_advantages([masked], AlgorithmSettings())
+    first, second = (t.unit_advantages for t in dense.trajectories)
+    assert [t.unit_advantages for t in masked.trajectories] == [first, second] and len(first) == 3
+    assert masked.trajectories[0].token_advantages == [first[0], 0.0, *first[1:]]
+    assert masked.trajectories[0].advantage == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "mask", "problem"),
+    [
+        ([0.0, 1.0], [1, 1, 1], "it has 2 token rewards for 3 response tokens"),
+        ([0.0, float("nan"), 1.0], [1, 1, 1], "the reward of token 1 is nan"),
+        ([0.0, 0.5, 1.0], [1, 0, 1], "token 1 has the reward 0.5, but the policy did not sample it"),
+        ([0.0, 0.0, 0.0], [0, 0, 0], "it has token rewards, but no token that the policy sampled"),
+    ],
+)
+def test_bad_dense_rewards_are_named_and_dropped(rewards, mask, problem):
+    groups = [group(i, 2, [(3, 1.0), (3, 0.0), (3, 0.0)]) for i in range(4)]
+    for trajectory in (t for g in groups for t in g.trajectories):
+        trajectory.token_rewards = [0.0, 0.0, trajectory.reward]
+    groups[2].trajectories[1].token_rewards, groups[2].trajectories[1].response_mask = rewards, mask
+    assert drop_bad_trajectories(groups, max_fraction=0.1) == [f"prompt p2, response 1: {problem}"]
+    assert [len(g.trajectories) for g in groups] == [3, 3, 2, 3]
+
+
+def test_skipped_updates_are_reported_and_bounded():
+    groups = [group(i, 2, [(3, 1.0)] * 5) for i in range(8)]  # 40 trajectories in 4 updates
+    skipped = [SkippedUpdate(1, ["p2", "p3", "p3"]), SkippedUpdate(3, [])]
+    first, second = report_skipped_updates(skipped, groups, 4, max_fraction=0.1)
+    assert first == "update 2 of 4 was skipped: the trainer's log-probs are not finite in 3 of its trajectories (prompts p2, p3)"
+    assert "update 4 of 4" in second and "loss or gradient is not finite" in second and "(prompts p6, p7)" in second
+    with pytest.raises(TooManyBadTrajectoriesError, match=r"3 of 40 trajectories are not finite.*max_bad_fraction 0.05.*p2, p3"):
+        report_skipped_updates(skipped, groups, 4, max_fraction=0.05)
+    assert report_skipped_updates([], groups, 4, max_fraction=0.0) == []
+    with pytest.raises(TooManyBadTrajectoriesError, match="no update of the step could be applied"):
+        report_skipped_updates([SkippedUpdate(k, []) for k in range(4)], groups, 4, max_fraction=1.0)
 
 
 def test_bad_trajectories_are_named_dropped_and_bounded():

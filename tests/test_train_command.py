@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from tests.models import make_tiny_qwen3
+from tests.rollouts import random_rollout
 from tests.workspace import make_workspace, refusal, settings_of, write_rows
 from tic_megatron.cli import main
 from tic_megatron.commands.preflight import preflight
 from tic_megatron.config import SettingsError
 from tic_megatron.config_checks import check_settings
+from tic_megatron.observability.rollouts import write_rollout
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,30 @@ def test_preflight_loads_what_the_run_needs(workspace):
     assert (inputs.model_dir, inputs.warnings, inputs.tokenizer.eos_token) == (workspace.model, [], "<|im_end|>")
     assert settings.run.dir == str(workspace.root / "runs" / "x") and not Path(settings.run.dir).exists()
     assert settings.cluster.device in ("cpu", "cuda") and settings.rollout.precision == "fp32"
+
+
+def dense_rollout(path, *, dense: bool):
+    groups = random_rollout(seed=0, n_prompts=4, group_size=4, vocab=300, dense=dense)
+    write_rollout(path, 1, groups)
+    return f"--rollout.replay={path}"
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo", "grpo2", "gspo", "no_is"])
+def test_dense_rewards_need_the_trajectory_ratio(workspace, capsys, objective):
+    line = refusal(capsys, [*workspace.base, "--reward.function=exact_dense", f"--algorithm.objective={objective}"])
+    assert f"reward.function gives a reward per token, and {objective} does not say" in line and "(traj_is, tic_grpo)" in line
+    settings, _ = checked(workspace, "--reward.function=exact_dense", "--algorithm.objective=traj_is")
+    assert settings.reward.function == "exact_dense"
+
+
+def test_replayed_rollouts_must_be_graded_as_the_run_grades(workspace, capsys):
+    dense = dense_rollout(workspace.root / "dense.jsonl", dense=True)
+    plain = dense_rollout(workspace.root / "rollouts" / "step_000001.jsonl", dense=False)
+    assert "dense.jsonl holds one reward per token" in refusal(capsys, [*workspace.base, dense])
+    line = refusal(capsys, [*workspace.base, "--reward.function=exact_dense", f"--rollout.replay={workspace.root}"])
+    assert "step_000001.jsonl holds one reward per response, but reward.function gives one per token" in line
+    checked(workspace, plain)
+    checked(workspace, dense, "--reward.function=exact_dense")
 
 
 def test_long_training_problems_are_left_out_and_counted_but_held_out_ones_refused(workspace):

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.models import make_tiny_qwen3
 from tests.rollouts import random_rollout
 from tests.workspace import write_rows
+from tic_megatron.algorithms import dense_advantages
+from tic_megatron.data.packing import has_equal_rewards
 from tic_megatron.observability.metrics import read_metrics
 from tic_megatron.observability.rollouts import read_rollout, rollout_path, write_rollout
 
@@ -165,6 +168,105 @@ def test_layouts_agree_on_replayed_rollouts(tmp_path):
         # The value's terms cancel: its scale is that of the terms, 1e-2.
         assert math.isclose(metrics[name]["policy/loss"], metrics["tp1"]["policy/loss"], abs_tol=1e-6), name
         assert metrics[name]["policy/log_ratio_abs_max_first"] == 0.0
+
+
+def test_dense_rewards_train_and_replay(config, tmp_path):
+    """The reward at tokens through the whole stack: graded, packed, trained on, saved; and the same again from the saved file."""
+    arguments = ["--config", config, "--reward.function=exact_dense", "--trainer.steps=2"]
+    train(*arguments, f"--run.dir={tmp_path / 'run'}")
+    rows = untimed(tmp_path / "run")
+    groups = read_rollout(rollout_path(tmp_path / "run", 2))
+    for trajectory in (t for group in groups for t in group.trajectories):
+        n = len(trajectory.response_ids)
+        assert len(trajectory.token_rewards) == len(trajectory.token_advantages) == n
+        right = trajectory.text == trajectory.prompt.answer and not trajectory.truncated
+        assert (trajectory.reward > 1 - 1e-9) == right
+        if right:
+            assert trajectory.token_rewards == pytest.approx([1 / n] * n)  # a character per token, and the end
+    assert rows[1]["policy/log_ratio_abs_max_first"] == 0.0 and rows[1]["policy/grad_norm"] > 0
+    assert any(any(t.token_advantages) for group in groups for t in group.trajectories)
+
+    train(*arguments, f"--rollout.replay={tmp_path / 'run'}", f"--run.dir={tmp_path / 'again'}")
+    for row, again in zip(rows, untimed(tmp_path / "again"), strict=True):
+        same = [key for key in row if key.startswith(("policy/", "reward/mean", "reward/zero"))]
+        assert {key: again[key] for key in same} == {key: row[key] for key in same}
+
+
+def test_the_kl_to_the_reference_is_a_dense_reward_too(tmp_path):
+    """k1, token by token, against transformers: with a dense reward it is subtracted at its token."""
+    from transformers import AutoModelForCausalLM
+
+    paths = [make_tiny_qwen3(tmp_path / name, seed=seed, tie_word_embeddings=True) for seed, name in enumerate(("model", "ref"))]
+    write_rows(tmp_path / "train.jsonl", [{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(4)])
+    groups = random_rollout(seed=5, n_prompts=4, group_size=3, vocab=300, dense=True)
+    write_rollout(tmp_path / "saved.jsonl", 1, groups)
+    train(
+        f"--model.path={paths[0]}",
+        f"--algorithm.reference_path={paths[1]}",
+        *("--algorithm.kl_coefficient=0.5", "--algorithm.kl_estimator=k1", "--reward.function=exact_dense"),
+        f"--data.train={tmp_path / 'train.jsonl'}",
+        f"--rollout.replay={tmp_path / 'saved.jsonl'}",
+        f"--run.dir={tmp_path / 'run'}",
+        *("--trainer.steps=1", "--trainer.prompts_per_step=4", "--trainer.updates_per_step=2"),
+        *("--rollout.group_size=3", "--rollout.max_prompt_tokens=64", "--rollout.max_response_tokens=40"),
+        *("--actor.learning_rate=1e-3", "--actor.max_tokens_per_microbatch=256", "--cluster.device=cpu"),
+    )
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths]
+    trained = read_rollout(rollout_path(tmp_path / "run", 1))
+    for group, before in zip(trained, groups, strict=True):
+        for t, graded in zip(group.trajectories, before.trajectories, strict=True):
+            ids = torch.tensor([t.tokens])
+            start = len(t.prompt.token_ids)
+            with torch.no_grad():
+                logprobs = [
+                    m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0] for m in models
+                ]
+            mask = torch.tensor(t.response_mask, dtype=torch.float64)
+            expected = torch.tensor(graded.token_rewards, dtype=torch.float64) - 0.5 * (logprobs[0] - logprobs[1]) * mask
+            torch.testing.assert_close(torch.tensor(t.token_rewards, dtype=torch.float64), expected, rtol=0, atol=1e-4)
+            assert t.reward == pytest.approx(sum(t.token_rewards), abs=1e-9)
+        advantages = dense_advantages([torch.tensor(t.sampled(t.token_rewards), dtype=torch.float64) for t in group.trajectories])
+        for t, a in zip(group.trajectories, advantages, strict=True):
+            assert t.unit_advantages == pytest.approx(a.tolist(), abs=1e-12)
+
+
+def test_an_update_with_log_probs_that_are_not_finite_is_skipped_and_named(tmp_path):
+    """A model with one NaN embedding, of a token that one response has: the run goes on, or stops when that is too much."""
+    model = make_tiny_qwen3(tmp_path / "model", seed=0, tie_word_embeddings=False)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][299] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    write_rows(tmp_path / "train.jsonl", [{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(4)])
+    groups = random_rollout(seed=5, n_prompts=4, group_size=4, vocab=290)
+    group = next(g for g in groups[:2] if not has_equal_rewards(g))
+    max(group.trajectories, key=lambda t: t.response_length).response_ids[0] = 299
+    write_rollout(tmp_path / "saved.jsonl", 1, groups)
+    arguments = [
+        f"--model.path={model}",
+        f"--data.train={tmp_path / 'train.jsonl'}",
+        f"--rollout.replay={tmp_path / 'saved.jsonl'}",
+        *("--trainer.steps=1", "--trainer.prompts_per_step=4", "--trainer.updates_per_step=2"),
+        *("--rollout.group_size=4", "--rollout.max_prompt_tokens=64", "--rollout.max_response_tokens=40"),
+        *("--actor.learning_rate=1e-3", "--actor.max_tokens_per_microbatch=256", "--cluster.device=cpu"),
+    ]
+    output = train(*arguments, f"--run.dir={tmp_path / 'run'}")
+    line = (
+        f"update 1 of 2 was skipped: the trainer's log-probs are not finite in 1 of its trajectories (prompts {group.prompt.id})"
+    )
+    assert f"warning: {line}" in output
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (row["policy/skipped_updates"], row["policy/bad_trajectories"]) == (1, 1)
+    assert row["policy/grad_norm"] > 0 and row["policy/loss"] is not None
+    (exported,) = (tmp_path / "run" / "hf").glob("*.safetensors")
+    assert [name for name, tensor in load_file(exported).items() if not tensor.isfinite().all()] == ["model.embed_tokens.weight"]
+
+    stopped = [*COMMAND, *arguments, f"--run.dir={tmp_path / 'strict'}", "--algorithm.max_bad_fraction=0.05"]
+    result = subprocess.run(stopped, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert result.returncode == 1
+    assert (
+        f"1 of 16 trajectories are not finite, above algorithm.max_bad_fraction 0.05 (prompts {group.prompt.id})" in result.stderr
+    )
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_nothing_is_left_running_after_a_failed_run(config, tmp_path):

@@ -67,7 +67,8 @@ class RewardSettings:
     """How a response is graded."""
 
     function: str = "math"
-    """Name of a registered reward: `math` (math-verify) or `exact` (the answer as the whole response)."""
+    """Name of a registered reward: `math` (math-verify), `exact` (the answer as the whole response), or `exact_dense` (the same,
+    token by token; for objectives with the trajectory ratio)."""
     timeout_s: float = 10.0
     """Seconds after which grading one response is given up and counts 0."""
     workers: int = 2
@@ -163,7 +164,8 @@ class AlgorithmSettings:
     correction_bound: float = 2.0
     """Largest importance weight (and 1 / smallest, when masking)."""
     max_bad_fraction: float = 0.1
-    """Share of a step's trajectories with a non-finite reward or log-prob above which the run stops; fewer are left out."""
+    """Share of a step's trajectories with a non-finite reward or log-prob above which the run stops; fewer are left out (for
+    log-probs of the trainer: their updates are skipped)."""
 
     @property
     def kl_in_reward(self) -> bool:

@@ -16,7 +16,7 @@ from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.config import Settings
 from tic_megatron.data.prompts import PromptCursor
-from tic_megatron.data.quality import drop_bad_trajectories
+from tic_megatron.data.quality import SkippedUpdate, drop_bad_trajectories, report_skipped_updates
 from tic_megatron.evaluation import eval_name, evaluate_greedy
 from tic_megatron.observability.health import HealthMonitor
 from tic_megatron.observability.metrics import MetricsLogger
@@ -87,7 +87,7 @@ class Run:
         """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""
         if self.settings.rollout.replay:
             return ReplayedRollouts(self.settings)
-        rewards = RewardWorkers(self.settings.reward, log_path=self.dir / "logs" / "rewards.log")
+        rewards = RewardWorkers(self.settings.reward, self.dir / "logs" / "rewards.log", self._token_text)
         self._stack.callback(rewards.close)
         engines = EngineGroup.start(
             self.settings,
@@ -102,6 +102,9 @@ class Run:
         rollouts = SampledRollouts(self.settings, engines, rewards)
         rollouts.make_room()
         return rollouts
+
+    def _token_text(self, token_id: int) -> str:
+        return self.inputs.tokenizer.decode([token_id], skip_special_tokens=True)
 
     def _engine_gpus(self) -> list[list[int]] | None:
         size = self.settings.rollout.tensor_parallel_size
@@ -134,6 +137,12 @@ class Run:
         for line in dropped:
             self.progress.note(f"warning: left out {line}")
         return {"rollout/dropped_trajectories": float(len(dropped))}
+
+    def report_skipped(self, skipped: list[SkippedUpdate], groups: list[Group]) -> None:
+        """Say which updates were skipped for a log-prob or gradient that is not finite; ends the run when it is too bad."""
+        n_updates, max_fraction = self.settings.trainer.updates_per_step, self.settings.algorithm.max_bad_fraction
+        for line in report_skipped_updates(skipped, groups, n_updates, max_fraction=max_fraction):
+            self.progress.note(f"warning: {line}")
 
     def record(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
         """A step is done: log it, save what is due."""

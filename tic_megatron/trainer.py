@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from tic_megatron.algorithms import group_advantages
+from tic_megatron.algorithms import dense_advantages, group_advantages
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.data.packing import Packing, has_equal_rewards, pack_rollout
@@ -48,7 +49,8 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
                 penalize_rewards(run, groups, shards)
             run.actors.old_logprobs(check_noise=noise_check_due(settings, step))
         with timed("update"):
-            metrics = run.actors.update()
+            metrics, skipped = run.actors.update()
+            run.report_skipped(skipped, groups)
         with timed("weight_sync"):
             run.rollouts.use_weights(run.actors, version=step)
     n_tokens = sum(len(t.tokens) for group in groups for t in group.trajectories)
@@ -59,6 +61,9 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
 def set_advantages(groups: list[Group], options: AlgorithmSettings) -> None:
     """Group-relative advantages from the rewards, in place. A group of one that is left of a group teaches nothing."""
     for group in groups:
+        if any(t.token_rewards is not None for t in group.trajectories):
+            set_dense_advantages(group, options)
+            continue
         rewards = torch.tensor([[t.reward for t in group.trajectories]], dtype=torch.float64)
         advantages = torch.zeros_like(rewards)
         if rewards.shape[1] >= 2:
@@ -67,13 +72,28 @@ def set_advantages(groups: list[Group], options: AlgorithmSettings) -> None:
             trajectory.advantage = advantage
 
 
+def set_dense_advantages(group: Group, options: AlgorithmSettings) -> None:
+    """One advantage per token, for a reward that is given at tokens; `advantage` is their sum."""
+    rewards = [torch.tensor(t.sampled(t.token_rewards), dtype=torch.float64) for t in group.trajectories]
+    advantages = [torch.zeros_like(r) for r in rewards]
+    if len(rewards) >= 2:
+        advantages = dense_advantages(rewards, normalize_std=options.normalize_std, leave_one_out=options.leave_one_out)
+    for trajectory, values in zip(group.trajectories, advantages, strict=True):
+        trajectory.token_advantages = trajectory.spread(values.tolist())
+        trajectory.advantage = sum(trajectory.token_advantages)
+
+
 def pack(groups: list[Group], settings: Settings) -> list[list[MiniBatch]]:
     """The rollout as mini-batches, [data-parallel rank][update]; groups that teach nothing are left out where that is exact."""
     return pack_rollout(groups, settings.trainer.updates_per_step, Packing.of(settings))
 
 
 def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]]) -> None:
-    """Subtract the KL to the reference policy (k1, summed over the response) from the rewards, and renew the advantages."""
+    """Subtract the KL to the reference policy (k1) from the rewards, and renew the advantages.
+
+    k1 of a token depends on the tokens up to it: with a dense reward it is subtracted at its token. Otherwise its sum is
+    subtracted from the response's reward; the expected gradient is the same.
+    """
     options = run.settings.algorithm
     order = [
         [t for mini_batch in shard for micro_batch in mini_batch.micro_batches for t in micro_batch.trajectories]
@@ -81,9 +101,16 @@ def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]
     ]
     for trajectories, kl in zip(order, run.actors.kl_to_reference(), strict=True):
         for trajectory, value in zip(trajectories, kl, strict=True):
-            trajectory.reward -= options.kl_coefficient * value
+            if not all(map(math.isfinite, value)):
+                continue  # so are its log-probs, and the update that meets it is skipped
+            trajectory.reward -= options.kl_coefficient * sum(value)
+            if trajectory.token_rewards is not None:
+                penalties = trajectory.spread(value)
+                trajectory.token_rewards = [
+                    r - options.kl_coefficient * p for r, p in zip(trajectory.token_rewards, penalties, strict=True)
+                ]
     set_advantages(groups, options)
-    run.actors.set_advantages([[t.advantage for t in trajectories] for trajectories in order])
+    run.actors.set_advantages([[a for t in trajectories for a in t.unit_advantages] for trajectories in order])
 
 
 def noise_check_due(settings: Settings, step: int) -> bool:

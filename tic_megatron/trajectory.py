@@ -24,6 +24,9 @@ class Trajectory:
 
     `inference_logprobs` are the generator's own log-probs at the sampling temperature; they measure the mismatch and are
     never used as pi_old. `response_mask` is 1 where the token was sampled by the policy (0 is for tool output).
+
+    With a dense reward, `token_rewards` and `token_advantages` have one entry per response token too, 0 where the mask is 0;
+    `reward` and `advantage` are their sums. They are None otherwise.
     """
 
     prompt: Prompt
@@ -35,6 +38,8 @@ class Trajectory:
     weight_version: int
     reward: float = 0.0
     advantage: float = 0.0
+    token_rewards: list[float] | None = None
+    token_advantages: list[float] | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -45,6 +50,20 @@ class Trajectory:
     def response_length(self) -> int:
         """T_i: number of response tokens that the policy sampled."""
         return sum(self.response_mask)
+
+    @property
+    def unit_advantages(self) -> list[float]:
+        """What the objective takes: one advantage, or with a dense reward those of the T_i sampled tokens."""
+        return [self.advantage] if self.token_advantages is None else self.sampled(self.token_advantages)
+
+    def sampled(self, per_token: list[float]) -> list[float]:
+        """Of one value per response token, those of the T_i tokens that the policy sampled."""
+        return [value for value, sampled in zip(per_token, self.response_mask, strict=True) if sampled]
+
+    def spread(self, per_sampled_token: list[float]) -> list[float]:
+        """The reverse of `sampled`: one value per response token, 0 where the policy did not sample."""
+        values = iter(per_sampled_token)
+        return [next(values) if sampled else 0.0 for sampled in self.response_mask]
 
 
 @dataclass

@@ -131,7 +131,11 @@ def mutation_list() -> list[Mutation]:
                  "(rewards.shape[1] - 1) / rewards.shape[1]"),
         Mutation("rounding in equal groups", "advantages.py", "torch.where(equal, torch.zeros_like(centred), centred)",
                  "centred"),
-        Mutation("unbiased std", "advantages.py", "correction=0", "correction=1"),
+        Mutation("unbiased std", "advantages.py", "keepdim=True, correction=0", "keepdim=True, correction=1"),
+        Mutation("dense baseline not given back", "advantages.py", "own - torch.cat([own[1:], own.new_zeros(1)])", "own"),
+        Mutation("dense baseline of the token's reward", "advantages.py", "r.flip(0).cumsum(0).flip(0)", "r"),
+        Mutation("ended responses count 0", "advantages.py", "r[-1:].expand(", "torch.zeros_like(r[-1:]).expand("),
+        Mutation("dense std of the sums", "advantages.py", "table.var(dim=1, correction=0).mean()", "table[0].var(correction=0)"),
         # corrections and penalties
         Mutation("correction upside down", "corrections.py", gap, "(inference_logprobs - old_logprobs)"),
         Mutation("correction with gradient", "corrections.py", gap + ".detach()", gap),

@@ -1,10 +1,13 @@
 """Dense rewards, KL penalties and generator corrections: their expectations, exactly."""
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 
 from tests.theory.enumerable import Environment, policy_gradient, relative_distance, values
-from tic_megatron.algorithms import OBJECTIVES, Objective
+from tic_megatron.algorithms import OBJECTIVES, Objective, dense_advantages
 from tic_megatron.algorithms.corrections import generator_correction
 from tic_megatron.algorithms.normalisers import Totals
 from tic_megatron.algorithms.objectives import objective_terms, token_weights, with_dense_rewards
@@ -47,10 +50,8 @@ def expected_packed_gradient(
 # --- dense rewards
 
 
-@pytest.fixture
-def dense(setting):
-    """(env, theta, theta_old, rewards of every token [n, T]): a token's reward depends on the tokens up to it, and no others."""
-    env = setting[0]
+def prefix_rewards(env: Environment) -> torch.Tensor:
+    """Rewards of every token [n, T]: each depends on the tokens up to it, and no others."""
     generator = torch.Generator().manual_seed(99)
     reward_of: dict[tuple, float] = {}
     rewards = torch.zeros(env.mask.shape, dtype=torch.float64)
@@ -60,7 +61,13 @@ def dense(setting):
             if key not in reward_of:
                 reward_of[key] = torch.randn((), generator=generator, dtype=torch.float64).item()
             rewards[i, t] = reward_of[key]
-    return *setting, rewards
+    return rewards
+
+
+@pytest.fixture
+def dense(setting):
+    """(env, theta, theta_old, rewards of every token [n, T])"""
+    return *setting, prefix_rewards(setting[0])
 
 
 def test_dense_rewards_follow_the_policy_gradient(dense):
@@ -75,9 +82,8 @@ def test_dense_rewards_follow_the_policy_gradient(dense):
     torch.testing.assert_close(summed, truth, rtol=0, atol=EXACT)
 
 
-def test_dense_rewards_take_a_baseline_at_the_last_token_only(dense):
-    """A baseline of the summed reward belongs to the last token. One per token is biased: whether a token is there at all
-    depends on the tokens before it."""
+def test_one_baseline_for_every_token_is_biased(dense):
+    """Whether a token is there at all depends on the tokens before it. At the last token only, it is not."""
     env, theta, theta_old, rewards = dense
     truth = policy_gradient(env, theta, rewards.sum(dim=1)) / env.max_tokens
     old = env.probabilities(theta_old)
@@ -90,6 +96,103 @@ def test_dense_rewards_take_a_baseline_at_the_last_token_only(dense):
     everywhere = (rewards - 1.0)[env.mask]
     gradient = expected_packed_gradient(env, objective, theta, theta_old, everywhere, old)
     assert relative_distance(gradient, truth) > 1e-2
+
+
+def groups_of(env: Environment, size: int) -> torch.Tensor:
+    """Rows of every group of `size` trajectories of every prompt, [n_groups, size]: of all lengths, side by side."""
+    per_prompt = len(env.responses) // env.prompts
+    groups = torch.tensor(list(product(range(per_prompt), repeat=size)))
+    return torch.cat([groups + prompt * per_prompt for prompt in range(env.prompts)])
+
+
+def dense_group_gradients(env: Environment, theta, theta_old, rewards, size: int, advantages_of, eps_high: float = 1e9):
+    """(probability of each group under the old policy [n_groups], each group's d objective / d log pi of its members' tokens
+    [n_groups, size, T]); `advantages_of(rewards of the members)` gives their advantages."""
+    rows = groups_of(env, size)
+    probability = (env.probabilities(theta_old).detach() * env.prompts)[rows].prod(dim=1) / env.prompts
+    token_rewards = [rewards[i, : env.lengths[i]] for i in range(len(env.responses))]
+    advantages = torch.cat([a for group in rows.tolist() for a in advantages_of([token_rewards[i] for i in group])])
+    flat = rows.flatten()
+    mask = env.mask[flat]
+    leaf = env.logprobs(theta)[flat][mask].detach().requires_grad_()
+    objective = with_dense_rewards(OBJECTIVES["tic_grpo"])
+    terms = objective_terms(
+        objective,
+        leaf,
+        env.logprobs(theta_old)[flat][mask].detach(),
+        Segments(mask.nonzero()[:, 0], env.lengths[flat]),
+        advantages,
+        Totals(size, size, env.max_tokens),
+        objective.clip_range(None, eps_high),
+    )
+    each = torch.zeros(mask.shape, dtype=torch.float64)
+    each[mask] = torch.autograd.grad(terms.value, leaf)[0]
+    return probability, each.view(len(rows), size, -1)
+
+
+def dense_group_expectation(env: Environment, theta, theta_old, rewards, size: int, advantages_of):
+    probability, each = dense_group_gradients(env, theta, theta_old, rewards, size, advantages_of)
+    new = env.logprobs(theta)[groups_of(env, size)]
+    return torch.autograd.grad((probability[:, None, None] * each * new).sum(), theta)[0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_group_baseline_of_dense_rewards_does_not_bias(size):
+    """Over every group, members of different lengths included, away from the old policy: the others' mean leaves the expected
+    gradient that of the policy, over T; the group's scales it by 1 - 1/G."""
+    env = Environment(size, prompts=2, max_tokens=6 - size)
+    theta, theta_old = env.parameters(10 + size), env.parameters(20 + size)
+    rewards = prefix_rewards(env)
+    truth = policy_gradient(env, theta, rewards.sum(dim=1)) / env.max_tokens
+    others = dense_group_expectation(env, theta, theta_old, rewards, size, partial(dense_advantages, leave_one_out=True))
+    torch.testing.assert_close(others, truth, rtol=0, atol=EXACT)
+    mean = dense_group_expectation(env, theta, theta_old, rewards, size, dense_advantages)
+    torch.testing.assert_close(mean, truth * (1 - 1 / size), rtol=0, atol=EXACT)
+
+    def not_telescoped(members):
+        """b[t] subtracted at t, and not given back at t - 1."""
+        credit = [a.flip(0).cumsum(0).flip(0) for a in dense_advantages(members, leave_one_out=True)]
+        return [r - (r.flip(0).cumsum(0).flip(0) - c) for r, c in zip(members, credit, strict=True)]
+
+    biased = dense_group_expectation(env, theta, theta_old, rewards, size, not_telescoped)
+    assert relative_distance(biased, truth) > 1e-2
+
+
+def test_the_group_baseline_of_dense_rewards_lowers_the_variance():
+    """At the old policy, against no baseline and against the others' mean sum at the last token (which does not bias either)."""
+    env = Environment(0, prompts=2)
+    theta = env.parameters(10)
+    rewards = prefix_rewards(env) + 3.0
+    scores = env.scores(theta)[groups_of(env, 2)]
+
+    def at_the_last_token(members):
+        advantages = [r.clone() for r in members]
+        for i, a in enumerate(advantages):
+            a[-1] -= members[1 - i].sum()
+        return advantages
+
+    def variance(advantages_of) -> float:
+        probability, each = dense_group_gradients(env, theta, theta, rewards, 2, advantages_of)
+        gradients = (each[..., None] * scores).sum(dim=(1, 2))
+        return (probability @ gradients.square().sum(dim=1) - (probability @ gradients).square().sum()).item()
+
+    own = variance(partial(dense_advantages, leave_one_out=True))
+    assert own < 0.7 * variance(at_the_last_token)
+    assert own < 0.7 * variance(lambda members: members)
+
+
+def test_corrected_dense_rewards_follow_the_policy_gradient(dense):
+    """Samples of a third policy, weighted by the whole trajectory's ratio: the factors after a token average to 1."""
+    env, theta, theta_old, rewards = dense
+    third = env.parameters(77)
+    objective = with_dense_rewards(OBJECTIVES["tic_grpo"])
+    old, generator = (env.logprobs(t)[env.mask].detach() for t in (theta_old, third))
+    correction = generator_correction(
+        objective.ratio, old, generator, packed(env), level="trajectory", form="truncate", bound=1e9
+    )
+    gradient = expected_packed_gradient(env, objective, theta, theta_old, rewards[env.mask], env.probabilities(third), correction)
+    truth = policy_gradient(env, theta, rewards.sum(dim=1)) / env.max_tokens
+    torch.testing.assert_close(gradient, truth, rtol=0, atol=EXACT)
 
 
 def test_dense_rewards_clip_every_prefix(dense):

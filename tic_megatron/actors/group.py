@@ -7,10 +7,11 @@ from typing import Any
 
 import ray
 
-from tic_megatron.actors.metrics import update_metrics
+from tic_megatron.actors.metrics import skipped_updates, update_metrics
 from tic_megatron.actors.worker import ActorWorker
 from tic_megatron.cluster import Cluster
 from tic_megatron.config import Settings
+from tic_megatron.data.quality import SkippedUpdate
 from tic_megatron.remote import WorkerPool
 from tic_megatron.trajectory import MiniBatch
 
@@ -22,7 +23,7 @@ class ActorGroup:
     actors.setup(model_path)
     actors.load_rollout(pack_rollout(...))
     actors.old_logprobs(check_noise=True)
-    metrics = actors.update()
+    metrics, skipped = actors.update()
     """
 
     def __init__(self, settings: Settings, pool: WorkerPool, gpu_ids: list[int]):
@@ -60,20 +61,23 @@ class ActorGroup:
         """Log-probs at theta_old, by forward-only passes in the update's own packing."""
         self.pool.call("old_logprobs", check_noise)
 
-    def kl_to_reference(self) -> list[list[float]]:
-        """k1 to the reference policy, summed over each trajectory: per data-parallel rank, in the order of its share."""
+    def kl_to_reference(self) -> list[list[list[float]]]:
+        """k1 to the reference policy of each trajectory, [its sum] or with a dense reward by sampled token: per data-parallel
+        rank, in the order of its share."""
         kl = self.pool.call("kl_to_reference")
         by_shard = {d: values for d, values in zip(self.data_parallel_ranks, kl, strict=True) if values is not None}
         return [by_shard[d] for d in sorted(by_shard)]
 
     def set_advantages(self, shards: list[list[float]]) -> None:
-        """Replace the advantages of the rollout's trajectories: per data-parallel rank, in the order of its share."""
+        """Replace the advantages of the rollout's trajectories (with a dense reward, of their sampled tokens): per
+        data-parallel rank, in the order of its share."""
         self.pool.call_each("set_advantages", [(shards[d],) for d in self.data_parallel_ranks])
 
-    def update(self) -> dict[str, float]:
-        """All optimizer updates of the rollout, one after another; `policy/*` and `mismatch/*` metrics."""
+    def update(self) -> tuple[dict[str, float], list[SkippedUpdate]]:
+        """All optimizer updates of the rollout, one after another; `policy/*` and `mismatch/*` metrics, and which were
+        skipped for a log-prob or gradient that is not finite."""
         updates = [self.pool.call("update", k) for k in range(self.settings.trainer.updates_per_step)]
-        return update_metrics(updates, self.pool.call("mismatch"))
+        return update_metrics(updates, self.pool.call("mismatch")), skipped_updates(updates)
 
     def begin_export(self) -> int:
         """Start reading the weights out; returns the number of buckets."""

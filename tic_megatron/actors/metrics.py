@@ -10,6 +10,7 @@ import torch
 from tic_megatron.actors.stats import MismatchStats, UpdateStats
 from tic_megatron.algorithms.clips import LOG_RATIO_BOUND
 from tic_megatron.algorithms.objectives import ratio_metrics
+from tic_megatron.data.quality import SkippedUpdate
 
 _RATIO_NAMES = {
     "log_ratio_mean": "policy/log_ratio_mean",
@@ -30,7 +31,8 @@ def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Se
         mismatch: [ranks].
 
     Returns:
-        `policy/loss`, `grad_norm`, `entropy`, `kl`: means over the updates; `policy/log_ratio_*`, `ratio_*` and `ess`: of the
+        `policy/loss`, `entropy`, `kl`: means over the updates (the loss over those without a bad trajectory),
+        `policy/grad_norm` over those that were applied; `policy/log_ratio_*`, `ratio_*` and `ess`: of the
         *last* update, where the policy has moved furthest from pi_old, over the trajectories that were trained on;
         `policy/drift_update_<k>`: mean |L| at the start of update k; `policy/log_ratio_abs_max_first` where it was measured;
         `mismatch/*`.
@@ -38,13 +40,18 @@ def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Se
     reported = [[stats for stats in ranks if stats is not None] for ranks in updates]
     results = [ranks[0].result for ranks in reported]
     n_tokens = sum(s.n_tokens for ranks in reported for s in ranks)
+    losses = [-sum(s.value for s in ranks) for ranks in reported if not any(s.bad_prompts for s in ranks)]
+    norms = [r.grad_norm for r in results if r.applied]
     metrics = {
-        "policy/loss": -sum(s.value for ranks in reported for s in ranks) / len(reported),
-        "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
         "policy/learning_rate": results[-1].learning_rate,
         "policy/skipped_updates": float(sum(not r.applied for r in results)),
+        "policy/bad_trajectories": float(sum(len(s.bad_prompts) for ranks in reported for s in ranks)),
         "policy/trained_trajectories": float(sum(len(s.log_ratio) for ranks in reported for s in ranks)),
     }
+    if losses:
+        metrics["policy/loss"] = sum(losses) / len(losses)
+    if norms:
+        metrics["policy/grad_norm"] = sum(norms) / len(norms)
     if n_tokens:
         metrics["policy/entropy"] = sum(s.entropy_sum for ranks in reported for s in ranks) / n_tokens
         if any(s.kl_sum is not None for ranks in reported for s in ranks):
@@ -57,6 +64,16 @@ def update_metrics(updates: Sequence[Sequence[UpdateStats | None]], mismatch: Se
         if drift:
             metrics[f"policy/drift_update_{k}"] = sum(drift) / len(drift)
     return metrics | _ratio_metrics(reported[-1]) | _mismatch_metrics([m for m in mismatch if m is not None])
+
+
+def skipped_updates(updates: Sequence[Sequence[UpdateStats | None]]) -> list[SkippedUpdate]:
+    """The updates, of `update_metrics`' [K][ranks], that a bad log-prob or gradient cost; not those of fp16's loss scale."""
+    skipped = []
+    for k, ranks in enumerate(updates):
+        reported = [stats for stats in ranks if stats is not None]
+        if not reported[0].result.applied and not reported[0].result.overflow:
+            skipped.append(SkippedUpdate(k, [prompt for stats in reported for prompt in stats.bad_prompts]))
+    return skipped
 
 
 def _ratio_metrics(ranks: list[UpdateStats]) -> dict[str, float]:

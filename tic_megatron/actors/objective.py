@@ -10,6 +10,8 @@ from pathlib import Path
 from tic_megatron.algorithms import OBJECTIVES, Objective
 from tic_megatron.algorithms.clips import ClipRange, two_sided
 from tic_megatron.algorithms.normalisers import NORMALISERS
+from tic_megatron.algorithms.objectives import with_dense_rewards
+from tic_megatron.algorithms.ratios import TRAJECTORY
 from tic_megatron.config import AlgorithmSettings, SettingsError
 
 
@@ -21,8 +23,8 @@ class ChosenObjective:
     clip_range: ClipRange
 
 
-def choose_objective(settings: AlgorithmSettings) -> ChosenObjective:
-    """The registered objective with the settings' options.
+def choose_objective(settings: AlgorithmSettings, *, dense: bool = False) -> ChosenObjective:
+    """The registered objective with the settings' options; `dense`: for a reward that is given at tokens.
 
     Raises:
         SettingsError: an unknown name (the nearest is named), a plugin that cannot be run, options that contradict it.
@@ -45,6 +47,14 @@ def choose_objective(settings: AlgorithmSettings) -> ChosenObjective:
         raise SettingsError(f"algorithm.correction_level is token, but {name} has one weight per trajectory: give trajectory")
     if settings.normaliser is not None:
         objective = replace(objective, normaliser=NORMALISERS[settings.normaliser])
+    if dense:
+        if objective.ratio is not TRAJECTORY:
+            able = ", ".join(key for key, value in OBJECTIVES.items() if value.ratio is TRAJECTORY)
+            raise SettingsError(
+                f"algorithm.objective: reward.function gives a reward per token, and {name} does not say what ratio weights one; "
+                f"give an objective with the trajectory ratio ({able}), or a reward per response"
+            )
+        objective = with_dense_rewards(objective)
     return ChosenObjective(objective, objective.clip_range(settings.eps_low, settings.eps_high, settings.dual_clip))
 
 

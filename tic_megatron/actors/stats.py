@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What a backend reports of one optimizer update. `applied` is false when the update was skipped (fp16 overflow)."""
+    """What a backend reports of one optimizer update.
+
+    `applied` is false when the update was skipped, on all ranks: for a loss or a gradient that is not finite on any of them.
+    `overflow`: it was fp16 arithmetic with finite losses, whose loss scale has been lowered. The norm of a skipped one is 0.
+    """
 
     grad_norm: float
     learning_rate: float
     applied: bool
+    overflow: bool = False
 
 
 @dataclass
@@ -20,7 +25,8 @@ class UpdateStats:
 
     `value`: the objective's value; `log_ratio`, `capped`, `advantages`: L_i, whether the clip was active, and A_i, of each
     trajectory that was trained on; `entropy_sum`, `kl_sum` (None without a reference), `n_tokens`: over their response
-    tokens; `noise`: max |L| between the forward-only pass and the training forward, both at theta_old, where measured.
+    tokens; `noise`: max |L| between the forward-only pass and the training forward, both at theta_old, where measured;
+    `bad_prompts`: prompt id of each trajectory with a log-prob that is not finite, whose micro-batch has no part in the others.
     """
 
     value: float = 0.0
@@ -31,6 +37,7 @@ class UpdateStats:
     capped: list[bool] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     noise: float | None = None
+    bad_prompts: list[str] = field(default_factory=list)
     result: UpdateResult | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -19,6 +20,7 @@ from tic_megatron.algorithms.objectives import ObjectiveTerms, objective_terms, 
 from tic_megatron.algorithms.penalties import KL_LOSSES, k1, weighted_sum
 from tic_megatron.algorithms.ratios import Segments, sum_over_group
 from tic_megatron.config import Settings
+from tic_megatron.rewards import get_reward
 from tic_megatron.trajectory import MicroBatch, MiniBatch
 
 
@@ -28,7 +30,8 @@ class PackedInputs:
 
     `input_ids`, `position_ids` [tokens / CP] of the tokens held here; `lengths`: tokens of each whole sequence; `positions` [n]:
     index into `input_ids` of the token before each response token, where it is held here; `targets` [n]: the response tokens;
-    `trajectory` [n]: which trajectory each belongs to; `response_lengths`, `advantages` [n_trajectories], of whole trajectories;
+    `trajectory` [n]: which trajectory each belongs to; `response_lengths`, `advantages` [n_trajectories], of whole
+    trajectories (with a dense reward, advantages [n]);
     `inference_logprobs` [n]: the generator's; `group`: the ranks that hold the rest of the sequences; `routing`: which experts
     the tokens went to in the old-log-prob pass, for the backend's use.
     """
@@ -102,14 +105,18 @@ def pack_inputs(
         targets=tensor(targets)[here],
         trajectory=tensor(owner)[here],
         response_lengths=tensor([t.response_length for t in micro_batch.trajectories]),
-        advantages=tensor([t.advantage for t in micro_batch.trajectories], torch.float64),
+        advantages=tensor([a for t in micro_batch.trajectories for a in t.unit_advantages], torch.float64),
         inference_logprobs=tensor(inference, torch.float32)[here],
         group=layout.group,
     )
 
 
 LossClosure = Callable[[int, Tensor, Tensor], Tensor]
-"""(micro-batch index, log-probs [n], entropy [n]) -> loss to minimise, a scalar that is summed over micro-batches and ranks."""
+"""(micro-batch index, log-probs [n], entropy [n]) -> loss to minimise, a scalar that is summed over micro-batches and ranks.
+
+It is not finite when a log-prob is not: nothing can be saved of such an update, since the NaN of one sequence reaches every
+weight's gradient.
+"""
 
 
 class Backend(Protocol):
@@ -134,7 +141,8 @@ class Backend(Protocol):
         ...
 
     def update(self, inputs: list[PackedInputs], loss: LossClosure) -> UpdateResult:
-        """Forward and backward of every micro-batch and one optimizer step."""
+        """Forward and backward of every micro-batch and one optimizer step; skipped on all ranks when a loss or a gradient
+        is not finite on any."""
         ...
 
 
@@ -144,7 +152,8 @@ class PolicyStep:
     def __init__(self, backend: Backend, settings: Settings):
         self.backend = backend
         self.settings = settings
-        chosen = choose_objective(settings.algorithm)
+        self.dense = get_reward(settings.reward.function).dense
+        chosen = choose_objective(settings.algorithm, dense=self.dense)
         self.objective, self.clip_range = chosen.objective, chosen.clip_range
 
     def load(self, mini_batches: list[MiniBatch]) -> None:
@@ -178,19 +187,24 @@ class PolicyStep:
             for k in range(len(self.inputs)):
                 self._compute_reference(k)
 
-    def kl_to_reference(self) -> list[float] | None:
-        """Sum of k1 over each trajectory of this rank, in the order of its micro-batches, for the reward; None on ranks
-        that report nothing."""
-        kl: list[float] = []
+    def kl_to_reference(self) -> list[list[float]] | None:
+        """k1 of each trajectory of this rank, in the order of its micro-batches, for the reward: [its sum], or with a dense
+        reward that of each sampled token; None on ranks that report nothing."""
+        kl: list[list[float]] = []
         for k, packed in enumerate(self.inputs):
             self._compute_old(k)
             self._compute_reference(k)
             for inputs, old, reference in zip(packed, self.old[k], self.reference[k], strict=False):
-                kl += inputs.segments.sum(k1(old, reference)).tolist()
+                per_token = k1(old, reference)
+                if self.dense:
+                    kl += [part.tolist() for part in per_token.split(inputs.response_lengths.tolist())]
+                else:
+                    kl += inputs.segments.sum(per_token)[:, None].tolist()
         return kl if self.backend.reports else None
 
     def set_advantages(self, advantages: list[float]) -> None:
-        """Replace the advantages of this rank's trajectories, in the order of its micro-batches."""
+        """Replace the advantages of this rank's trajectories (of their sampled tokens, with a dense reward), in the order of
+        its micro-batches."""
         remaining = torch.tensor(advantages, dtype=torch.float64, device=self.backend.device)
         for packed in self.inputs:
             for inputs in packed:
@@ -206,8 +220,14 @@ class PolicyStep:
 
         def loss(index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
             inputs = self.inputs[k][index]
-            old = self._old_for_update(k, index, logprobs.detach(), stats)
+            old = self._old_for_update(k, index, logprobs.detach())
             terms, penalty = self._objective(k, index, logprobs, old, entropy)
+            bad = self._bad_trajectories(k, index, terms)
+            if bad:
+                stats.bad_prompts += bad if self._first_of_sequence else []
+                return logprobs.sum() * math.nan
+            self._add_mismatch(inputs, old)
+            self._add_noise(k, index, logprobs.detach(), stats)
             stats.entropy_sum += entropy.detach().double().sum().item()
             stats.n_tokens += logprobs.numel()
             stats.value -= penalty.item()
@@ -216,7 +236,8 @@ class PolicyStep:
             if self._first_of_sequence:
                 stats.log_ratio += terms.log_ratio.tolist()
                 stats.capped += terms.capped.tolist()
-                stats.advantages += inputs.advantages.tolist()
+                advantages = inputs.segments.sum(inputs.advantages) if self.dense else inputs.advantages
+                stats.advantages += advantages.tolist()
             if self.reference:
                 stats.kl_sum = (stats.kl_sum or 0.0) + k1(logprobs.detach(), self.reference[k][index]).double().sum().item()
             return penalty - terms.value
@@ -237,6 +258,16 @@ class PolicyStep:
         gaps = sum_over_group(gaps, self.backend.layout.group)
         self.mismatch.trajectory_log_ratio = gaps.tolist() if self._first_of_sequence else []
         return self.mismatch if self.backend.reports else None
+
+    def _bad_trajectories(self, k: int, index: int, terms: ObjectiveTerms) -> list[str]:
+        """Prompt ids of the trajectories of a micro-batch with a log-prob that is not finite, by any of the policies used: what
+        all ranks of a sequence know from the sums that they share."""
+        finite = torch.isfinite(terms.log_ratio)
+        if k in self.reference:
+            reference = self.reference[k][index]
+            finite = finite & (self.inputs[k][index].segments.sum((~torch.isfinite(reference)).double()) == 0)
+        trajectories = self.mini_batches[k].micro_batches[index].trajectories
+        return [t.prompt.id for t, ok in zip(trajectories, finite.tolist(), strict=True) if not ok]
 
     def _objective(self, k: int, index: int, logprobs: Tensor, old: Tensor, entropy: Tensor) -> tuple[ObjectiveTerms, Tensor]:
         """The policy term with its details, and this rank's part of what is subtracted: KL penalty, less the entropy bonus."""
@@ -285,19 +316,15 @@ class PolicyStep:
         if k not in self.reference:
             self.reference[k] = self.backend.forward(self.inputs[k], reference=True)
 
-    def _old_for_update(self, k: int, index: int, own: Tensor, stats: UpdateStats) -> Tensor:
-        """Old log-probs of a micro-batch; where the update's forward is at theta_old itself, its own.
+    def _old_for_update(self, k: int, index: int, own: Tensor) -> Tensor:
+        """Old log-probs of a micro-batch; where the update's forward is at theta_old itself, its own."""
+        return own if k == 0 or self.objective.at_old_policy else self.old[k][index]
 
-        There it compares them with the forward-only pass, if there was one.
-        """
-        inputs = self.inputs[k][index]
-        at_old_policy = k == 0 or self.objective.at_old_policy
-        old = own if at_old_policy else self.old[k][index]
-        self._add_mismatch(inputs, old)
+    def _add_noise(self, k: int, index: int, own: Tensor, stats: UpdateStats) -> None:
+        """Compare the first update's forward, at theta_old itself, with the forward-only pass, if there was one."""
         if k == 0 and 0 in self.old:
-            noise = inputs.segments.sum(own - self.old[0][index]).abs()
+            noise = self.inputs[k][index].segments.sum(own - self.old[0][index]).abs()
             stats.noise = max(stats.noise or 0.0, noise.max().item() if noise.numel() else 0.0)
-        return old
 
     def _add_mismatch(self, inputs: PackedInputs, trainer_logprobs: Tensor) -> None:
         difference = trainer_logprobs - inputs.inference_logprobs

@@ -69,8 +69,8 @@ class ActorWorker:
         """Forward-only passes at theta_old."""
         self.step.old_logprobs(check_noise=check_noise)
 
-    def kl_to_reference(self) -> list[float] | None:
-        """k1 of this rank's trajectories; None on ranks that report nothing."""
+    def kl_to_reference(self) -> list[list[float]] | None:
+        """k1 of this rank's trajectories, each [its sum] or by token; None on ranks that report nothing."""
         return self.step.kl_to_reference()
 
     def set_advantages(self, advantages: list[float]) -> None:

@@ -68,7 +68,7 @@ def with_dense_rewards(objective: Objective) -> Objective:
     """The objective for rewards given at tokens instead of at the end: its trajectory ratio becomes the prefix ratio.
 
     A reward at token t depends on the tokens up to t only, so W over those alone corrects it: the value is
-    (1/N) sum_i sum_t min(W[i, 1..t], 1 + eps) A[i, t] / T, with one advantage per token.
+    (1/N) sum_i sum_t min(W[i, 1..t], 1 + eps) A[i, t] / T, with one advantage per token (`dense_advantages`).
 
     Raises ValueError for an objective without a trajectory ratio: it does not say what weights such a reward.
     """

@@ -14,7 +14,7 @@ from tic_megatron.commands.run_folder import check_run_folder
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.data.prompts import Problem, read_problems, tokenize_problems
 from tic_megatron.observability.metrics import check_logging
-from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER, read_rollout
+from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER, read_replay
 from tic_megatron.trajectory import Prompt
 
 if TYPE_CHECKING:
@@ -75,20 +75,29 @@ def _check_reward(settings: Settings) -> None:
 
 def _check_objective(settings: Settings) -> None:
     from tic_megatron.actors.objective import choose_objective
+    from tic_megatron.rewards import get_reward
 
-    choose_objective(settings.algorithm)
+    dense = get_reward(settings.reward.function).dense
+    choose_objective(settings.algorithm, dense=dense)
+    if dense and settings.actor.context_parallel_size > 1:  # prefix sums would cross ranks
+        raise SettingsError(
+            f"actor.context_parallel_size: {settings.reward.function} gives a reward per token, whose prefix ratios need whole "
+            "sequences on a rank; give 1"
+        )
 
 
 def _check_replay(settings: Settings) -> None:
     if settings.rollout.replay is None:
         return
+    from tic_megatron.rewards import get_reward
+
     path = Path(settings.rollout.replay)
-    if path.is_file():
-        read_rollout(path)
-    elif not any(path.glob("step_*.jsonl")) and not any(path.glob(f"{ROLLOUTS_FOLDER}/step_*.jsonl")):
+    files = [path] if path.is_file() else sorted([*path.glob("step_*.jsonl"), *path.glob(f"{ROLLOUTS_FOLDER}/step_*.jsonl")])
+    if not files:
         raise SettingsError(
             f"rollout.replay: there are no saved rollouts at {path}; give a run folder, or a file of its rollouts/"
         )
+    read_replay(files[0], dense=get_reward(settings.reward.function).dense)
 
 
 def _check_enough(count: int, settings: Settings, remark: str) -> None:

@@ -90,7 +90,13 @@ def pack_mini_batch(groups: Sequence[Group], packing: Packing) -> list[MiniBatch
 
 
 def has_equal_rewards(group: Group) -> bool:
-    """Whether the group teaches nothing. Compares rewards, not advantages: rounding can leave a mean off by an ulp."""
+    """Whether the group teaches nothing. Compares rewards, not advantages: rounding can leave a mean off by an ulp.
+
+    With dense rewards equal sums are not enough: every token's reward-to-go must be the group's, and then (and only then)
+    `dense_advantages` are exactly 0.
+    """
+    if any(t.token_advantages is not None for t in group.trajectories):
+        return not any(a for t in group.trajectories for a in t.token_advantages)
     return len({t.reward for t in group.trajectories}) <= 1
 
 

@@ -1,9 +1,16 @@
-"""Trajectories that cannot be trained on: a reward or log-prob that is not a finite number."""
+"""Trajectories that cannot be trained on: a reward or log-prob that is not a finite number.
+
+Rewards and the generator's log-probs are known before the training: such trajectories are left out. The trainer's own are
+known in the update only, where one bad trajectory spoils the whole gradient: such updates are skipped.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from tic_megatron.data.packing import split_into_mini_batches
 from tic_megatron.trajectory import Group, Trajectory
 
 
@@ -39,10 +46,76 @@ def drop_bad_trajectories(groups: list[Group], *, max_fraction: float) -> list[s
     return lines
 
 
+@dataclass(frozen=True)
+class SkippedUpdate:
+    """An update of a step, by its index, that no rank applied, since a log-prob or gradient was not finite.
+
+    `bad_prompts`: prompt id of each trajectory with such a log-prob; empty where only the gradient was bad.
+    """
+
+    index: int
+    bad_prompts: list[str]
+
+
+def report_skipped_updates(
+    skipped: Sequence[SkippedUpdate], groups: Sequence[Group], n_updates: int, *, max_fraction: float
+) -> list[str]:
+    """What was skipped in a step of `n_updates`, one line each, naming the prompts.
+
+    Raises:
+        TooManyBadTrajectoriesError: more than `max_fraction` of the step's trajectories have log-probs that are not finite,
+            or every update's gradient was bad by itself.
+    """
+    total = sum(len(group.trajectories) for group in groups)
+    bad = [prompt for update in skipped for prompt in update.bad_prompts]
+    if len(bad) > max_fraction * total:
+        raise TooManyBadTrajectoriesError(
+            f"the trainer's log-probs of {len(bad)} of {total} trajectories are not finite, above algorithm.max_bad_fraction "
+            f"{max_fraction} (prompts {_some(bad)}); their updates were skipped"
+        )
+    lines = []
+    for update in skipped:
+        reason = f"the trainer's log-probs are not finite in {len(update.bad_prompts)} of its trajectories"
+        prompts = update.bad_prompts
+        if not prompts:
+            reason = "its loss or gradient is not finite, though all log-probs are"
+            prompts = [group.prompt.id for group in split_into_mini_batches(groups, n_updates)[update.index]]
+        lines.append(f"update {update.index + 1} of {n_updates} was skipped: {reason} (prompts {_some(prompts)})")
+    if len(skipped) == n_updates and not bad:
+        raise TooManyBadTrajectoriesError(
+            f"no update of the step could be applied; the first: {lines[0]}; lower actor.learning_rate, or use another "
+            "actor.precision"
+        )
+    return lines
+
+
+def _some(prompts: Sequence[str]) -> str:
+    names = list(dict.fromkeys(prompts))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _problem(trajectory: Trajectory) -> str | None:
+    if trajectory.token_rewards is not None:
+        problem = _dense_problem(trajectory)
+        if problem:
+            return problem
     if not math.isfinite(trajectory.reward):
         return f"its reward is {trajectory.reward}"
     for position, value in enumerate(trajectory.inference_logprobs):
         if not math.isfinite(value):
             return f"the generator's log-prob of token {position} is {value}"
+    return None
+
+
+def _dense_problem(trajectory: Trajectory) -> str | None:
+    rewards, n = trajectory.token_rewards, len(trajectory.response_ids)
+    if not trajectory.response_length:
+        return "it has token rewards, but no token that the policy sampled"
+    if len(rewards) != n:
+        return f"it has {len(rewards)} token rewards for {n} response tokens"
+    for position, (reward, sampled) in enumerate(zip(rewards, trajectory.response_mask, strict=True)):
+        if not math.isfinite(reward):
+            return f"the reward of token {position} is {reward}"
+        if reward and not sampled:
+            return f"token {position} has the reward {reward}, but the policy did not sample it"
     return None

@@ -10,6 +10,8 @@ from typing import Protocol
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.trajectory import Group, Prompt
 
+FULL_REWARD = 1.0 - 1e-9
+
 
 class Generator(Protocol):
     """What evaluation needs of the engines (`tic_megatron.rollout.engines.EngineGroup` has it)."""
@@ -49,7 +51,8 @@ def eval_name(path: str) -> str:
 def evaluate_greedy(
     engines: Generator, prompts: Sequence[Prompt], rewards: RewardWorkers, *, name: str, max_tokens: int, seed: int = 0
 ) -> EvalResult:
-    """Greedy accuracy with the weights that the engines hold now: the share of problems with full reward (1.0 or more).
+    """Greedy accuracy with the weights that the engines hold now: the share of problems with full reward (1.0 or more, up to
+    the rounding of a dense reward's sum).
 
     Args:
         rewards: grades as in training.
@@ -69,7 +72,7 @@ def evaluate_greedy(
     return EvalResult(
         name=name,
         n=n,
-        accuracy=sum(response.reward >= 1.0 for response in responses) / n,
+        accuracy=sum(response.reward >= FULL_REWARD for response in responses) / n,
         length_mean=sum(response.response_length for response in responses) / n,
         truncated_fraction=sum(response.truncated for response in responses) / n,
         groups=groups,

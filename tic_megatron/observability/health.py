@@ -37,7 +37,8 @@ def _above(metric: str, limit: float) -> Callable[[Metrics, Metrics], bool]:
 
 def _stale(recent: Metrics, first: Metrics) -> bool:
     """Far from the policy that sampled, and gradients that have grown instead of shrunk."""
-    return recent.get("policy/ess", 1.0) < 0.5 and recent["policy/grad_norm"] > 2 * first["policy/grad_norm"]
+    grown = recent.get("policy/grad_norm", 0.0) > 2 * first.get("policy/grad_norm", math.inf)
+    return recent.get("policy/ess", 1.0) < 0.5 and grown
 
 
 def _entropy_collapse(recent: Metrics, first: Metrics) -> bool:
@@ -53,6 +54,12 @@ CHECKS = (
         _stale,
         "the effective sample size is down to {policy/ess:.0%} while gradients grow (norm {policy/grad_norm:.3g}): pi_old is "
         "too old; lower actor.learning_rate or trainer.updates_per_step",
+    ),
+    Check(
+        "skipped updates",
+        _above("policy/skipped_updates", 0.5),
+        "{policy/skipped_updates:.2g} updates per step are skipped, since the gradients are not finite: lower "
+        "actor.learning_rate, or use another actor.precision",
     ),
     Check(
         "ratio capped",

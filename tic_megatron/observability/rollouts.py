@@ -61,6 +61,17 @@ def read_rollout(path: Path | str) -> list[Group]:
     return list(groups.values())
 
 
+def read_replay(path: Path | str, *, dense: bool) -> list[Group]:
+    """The groups of a saved rollout, for a run whose reward is dense or not. SettingsError when they were graded otherwise."""
+    groups = read_rollout(path)
+    if any((t.token_rewards is not None) != dense for group in groups for t in group.trajectories):
+        saved, own = ("one reward per response", "one per token") if dense else ("one reward per token", "one per response")
+        raise SettingsError(
+            f"rollout.replay: {path} holds {saved}, but reward.function gives {own}; give the reward that graded it"
+        )
+    return groups
+
+
 def _file_name(step: int) -> str:
     return f"step_{step:06d}.jsonl"
 
@@ -75,6 +86,8 @@ def _row(step: int, group: int, trajectory: Trajectory) -> dict[str, Any]:
         "response": trajectory.text,
         "reward": trajectory.reward,
         "advantage": trajectory.advantage,
+        "token_rewards": trajectory.token_rewards,
+        "token_advantages": trajectory.token_advantages,
         "truncated": trajectory.truncated,
         "weight_version": trajectory.weight_version,
         "group": group,
@@ -100,6 +113,8 @@ _FIELDS = {
     "inference_logprobs": list,
     "response_mask": list,
 }
+_DENSE_FIELDS = ("token_rewards", "token_advantages")
+"""Absent in the files of earlier versions."""
 
 
 def _checked_row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -117,6 +132,10 @@ def _checked_row(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{place}: response_ids, inference_logprobs and response_mask must have one entry per response token; "
             "write the rollout again"
         )
+    for name in _DENSE_FIELDS:
+        values = row.get(name)
+        if values is not None and not (isinstance(values, list) and len(values) == len(row["response_ids"])):
+            raise SettingsError(f"{place}: {name} must be null or have one number per response token; write the rollout again")
     return row
 
 
@@ -131,4 +150,6 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         weight_version=row["weight_version"],
         reward=row["reward"],
         advantage=row["advantage"],
+        token_rewards=row.get("token_rewards"),
+        token_advantages=row.get("token_advantages"),
     )

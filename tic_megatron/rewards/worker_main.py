@@ -1,7 +1,8 @@
 """The process that grades, one response after another: `python -m tic_megatron.rewards.worker_main NAME TIME_LIMIT_S`.
 
 JSON lines in, `{"response": ..., "answer": ...}`; JSON lines out, first `{"ready": true}`, then for each `{"reward": x}` or
-`{"error": text}`. The parent (`tic_megatron.rewards.workers`) keeps the time limit and kills.
+`{"error": text}`. For a dense reward `response` is a list of token texts, and the reward a list of numbers. The parent
+(`tic_megatron.rewards.workers`) keeps the time limit and kills.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import os
 import resource
 import signal
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tic_megatron.rewards.registry import Reward
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a grader: a huge number in a response must not take the machine's memory."""
@@ -34,7 +38,7 @@ def main() -> None:
         task = json.loads(line)
         # Ends this process when it overruns and no parent is left to kill it; the default action needs no cooperation.
         signal.setitimer(signal.ITIMER_REAL, time_limit_s + ORPHAN_GRACE_S)
-        _reply(replies, _grade(reward.function, task["response"], task["answer"]))
+        _reply(replies, _grade(reward, task["response"], task["answer"]))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -51,12 +55,14 @@ def _reply(replies: TextIO, message: dict) -> None:
     replies.flush()
 
 
-def _grade(function, response: str, answer: str) -> dict:
+def _grade(reward: Reward, response: str | list[str], answer: str) -> dict:
     try:
-        reward = float(function(response, answer))
+        value = reward(response, answer)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"reward": reward} if math.isfinite(reward) else {"error": f"the reward is {reward}"}
+    if reward.dense or math.isfinite(value):  # dense ones are looked at token by token (`data.quality`)
+        return {"reward": value}
+    return {"error": f"the reward is {value}"}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ graded once more, in case the two had nothing to do with each other.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -16,14 +17,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tic_megatron
 from tic_megatron.config import RewardSettings
-from tic_megatron.rewards.registry import RewardFunction, get_reward
-from tic_megatron.trajectory import Group
+from tic_megatron.rewards.registry import Reward, get_reward
+from tic_megatron.trajectory import Group, Trajectory
 
 START_LIMIT_S = 120.0
 """A worker that is not ready by then counts as broken (its imports take about a second)."""
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GradeReport:
-    """What happened while grading. Timed-out and failed responses have reward 0."""
+    """What happened while grading. Timed-out and failed responses have reward 0 (at every token)."""
 
     graded: int = 0
     timed_out: int = 0
@@ -46,7 +47,7 @@ class GradeReport:
 class _Job:
     """One call of `grade`: what is still to do (indices), and the responses whose worker died once."""
 
-    rewards: list[float]
+    rewards: list[float | list[float]]
     report: GradeReport
     queue: deque[int]
     crashed: set[int] = field(default_factory=set)
@@ -61,9 +62,16 @@ class RewardWorkers:
             report = rewards.grade_groups(groups)       # sets trajectory.reward everywhere
     """
 
-    def __init__(self, settings: RewardSettings, log_path: Path | None = None) -> None:
-        """SettingsError for an unknown reward. What graders print goes to `log_path`, or nowhere."""
+    def __init__(
+        self, settings: RewardSettings, log_path: Path | None = None, token_text: Callable[[int], str] | None = None
+    ) -> None:
+        """SettingsError for an unknown reward. What graders print goes to `log_path`, or nowhere.
+
+        `token_text` gives the text of a token id, empty for special tokens: what dense rewards are given.
+        """
         self._reward = get_reward(settings.function)
+        assert token_text or not self._reward.dense, "dense rewards need the tokens' texts"
+        self._token_text = token_text and functools.cache(token_text)
         self._time_limit_s = settings.timeout_s
         self._log_path = log_path
         self._failed_starts = 0
@@ -72,21 +80,30 @@ class RewardWorkers:
             self._workers = [self._start() for _ in range(max(1, settings.workers))]
 
     def grade_groups(self, groups: Sequence[Group]) -> GradeReport:
-        """Set `reward` of every trajectory of the groups."""
+        """Set `reward` of every trajectory of the groups, and `token_rewards` when the reward is dense."""
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        rewards, report = self.grade([(trajectory.text, trajectory.prompt.answer) for trajectory in trajectories])
+        rewards, report = self.grade([(self._response(trajectory), trajectory.prompt.answer) for trajectory in trajectories])
         for trajectory, reward in zip(trajectories, rewards, strict=True):
-            trajectory.reward = reward
+            if not self._reward.dense:
+                trajectory.reward = reward
+                continue
+            # A plain 0 is that of a response which could not be graded.
+            trajectory.token_rewards = reward if isinstance(reward, list) else [0.0] * len(trajectory.response_ids)
+            trajectory.reward = sum(trajectory.token_rewards)
         return report
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], GradeReport]:
-        """Rewards of (response, answer) pairs, in order. RuntimeError when workers cannot be started."""
+    def _response(self, trajectory: Trajectory) -> str | list[str]:
+        return [self._token_text(i) for i in trajectory.response_ids] if self._reward.dense else trajectory.text
+
+    def grade(self, pairs: Sequence[tuple[str | list[str], str]]) -> tuple[list[float | list[float]], GradeReport]:
+        """Rewards of (response, answer) pairs, in order; a dense reward wants token texts, and gives a list, or 0.0 where
+        grading failed. RuntimeError when workers cannot be started."""
         assert self._workers or not self._reward.isolated, "the workers are closed"
         report = GradeReport(graded=len(pairs))
-        rewards = [0.0] * len(pairs)
+        rewards: list[float | list[float]] = [0.0] * len(pairs)
         if not self._reward.isolated:
             for index, (response, answer) in enumerate(pairs):
-                rewards[index] = _grade_inline(self._reward.function, response, answer, report)
+                rewards[index] = _grade_inline(self._reward, response, answer, report)
             return rewards, report
         job = _Job(rewards, report, deque(range(len(pairs))))
         try:
@@ -151,9 +168,9 @@ class RewardWorkers:
             )
 
 
-def _grade_inline(function: RewardFunction, response: str, answer: str, report: GradeReport) -> float:
+def _grade_inline(reward: Reward, response: str | list[str], answer: str, report: GradeReport) -> float | list[float]:
     try:
-        return float(function(response, answer))
+        return reward(response, answer)
     except Exception:
         logger.warning("grading failed", exc_info=True)
         report.failed += 1
@@ -201,7 +218,7 @@ class _Worker:
     def idle(self) -> bool:
         return self.alive and not self.starting and self.task is None
 
-    def send(self, index: int, response: str, answer: str) -> bool:
+    def send(self, index: int, response: str | list[str], answer: str) -> bool:
         """Give an idle worker a task; False when it died meanwhile. An idle worker reads, so the pipe can't fill up."""
         try:
             self._process.stdin.write(json.dumps({"response": response, "answer": answer}).encode() + b"\n")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from tic_megatron.config import Settings
-from tic_megatron.observability.rollouts import find_rollout, read_rollout
-from tic_megatron.rewards import RewardWorkers
+from tic_megatron.observability.rollouts import find_rollout, read_replay
+from tic_megatron.rewards import RewardWorkers, get_reward
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Group, Prompt
@@ -77,10 +77,11 @@ class ReplayedRollouts:
 
     def __init__(self, settings: Settings):
         self.path = settings.rollout.replay
+        self.dense = get_reward(settings.reward.function).dense
 
     def sample(self, prompts: list[Prompt], step: int) -> list[Group]:
         """The saved groups of this step; the prompts given are not used."""
-        return read_rollout(find_rollout(self.path, step))
+        return read_replay(find_rollout(self.path, step), dense=self.dense)
 
     def grade(self, groups: list[Group]) -> dict[str, float]:
         """They were graded when they were saved."""

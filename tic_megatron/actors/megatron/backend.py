@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -141,10 +142,13 @@ class MegatronBackend:
         summed over TP by `finalize_model_grads`.
         """
         no_tokens = torch.zeros((), dtype=torch.int, device=self.device)
+        bad_loss = torch.zeros((), device=self.device)
 
         def make_closure(index: int):
             def closure(output: tuple[Tensor, Tensor]):
-                return loss(index, *output), no_tokens, {}
+                value = loss(index, *output)
+                bad_loss.logical_or_(~torch.isfinite(value.detach()))
+                return value, no_tokens, {}
 
             return closure
 
@@ -153,15 +157,32 @@ class MegatronBackend:
         self.optimizer.zero_grad()
         with self.held.in_use() if self.held else nullcontext():
             self._run_schedule(inputs, make_closure, forward_only=False)
-        return self._step_optimizer()
+        return self._step_optimizer(*self._not_finite_anywhere(bad_loss))
 
-    def _step_optimizer(self) -> UpdateResult:
+    def _not_finite_anywhere(self, bad_loss: Tensor) -> tuple[bool, bool]:
+        """Whether a loss, whether a gradient is not finite, on any rank: one all-reduce, so all ranks decide alike.
+
+        Only the last pipeline stage has losses, and a gradient may be bad in one rank's shard only.
+        """
+        buffers = [buffer for part in self.model_parts for buffer in (*part.buffers, *part.expert_parallel_buffers)]
+        largest = [torch.linalg.vector_norm(b.grad_data, ord=math.inf) for b in buffers]  # of NaN too; needs no copy
+        bad_gradient = ~torch.isfinite(torch.stack(largest)).all()
+        flags = torch.stack([bad_loss.float(), bad_gradient.float()])
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        loss, gradient = flags.tolist()
+        return bool(loss), bool(gradient)
+
+    def _step_optimizer(self, bad_loss: bool, bad_gradient: bool) -> UpdateResult:
         rate = learning_rate(self.updates_done, self.settings)
+        self.updates_done += 1
+        fp16 = self.settings.actor.precision == "fp16"
+        if bad_loss or (bad_gradient and not fp16):
+            return UpdateResult(0.0, rate, applied=False)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        # In fp16 an infinite gradient is the loss scale's: the optimizer skips the update by itself and lowers the scale.
         applied, grad_norm, _ = self.optimizer.step()
-        self.updates_done += 1
-        return UpdateResult(float(grad_norm or 0.0), rate, bool(applied))
+        return UpdateResult(float(grad_norm or 0.0), rate, bool(applied), overflow=not applied)
 
     def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool, reference: bool = False) -> None:
         """Megatron's pipeline schedule over the micro-batches; `make_closure(index)` makes the last stage's loss function."""
