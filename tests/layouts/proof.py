@@ -61,21 +61,30 @@ class Prover:
             self._references[key] = second_update(self.paths(model), rollout(kind), objective)
         return self._references[key]
 
-    def prove(self, layout: Layout, model: str, *, objectives=OBJECTIVES, **actor) -> list[Finding]:
-        """All objectives, several splits into micro-batches, and fewer trajectories than ranks."""
+    def prove(self, layout: Layout, model: str, *, objectives=OBJECTIVES, mistake: str | None = None) -> list[Finding]:
+        """All objectives, several splits into micro-batches, and fewer trajectories than ranks. (`mistake`: one to be found.)"""
         plans = [("many", budget, objectives) for budget in BUDGETS] + [("few", BUDGETS[0], objectives[:1])]
-        cases = [
-            {"paths": self.paths(model), "objectives": names, "rollout_kind": kind, "max_tokens": budget, "actor": actor}
-            for kind, budget, names in plans
-        ]
-        ranks = self.pool.run(
-            "tests.layouts.ranks:second_updates", world_size=layout.world_size, timeout_s=240, layout=layout, cases=cases
-        )
+        cases = [self._case(model, names, kind, budget, mistake=mistake) for kind, budget, names in plans]
+        views = self._second_updates(layout, cases)
         keys = [(kind, budget, name) for kind, budget, names in plans for name in names]
         return [
-            compare([views[i] for views in ranks], self.reference(model, kind, name), layout, model, name, kind, budget)
+            compare([view[i] for view in views], self.reference(model, kind, name), layout, model, name, kind, budget)
             for i, (kind, budget, name) in enumerate(keys)
         ]
+
+    def prove_replayed(self, layout: Layout) -> Finding:
+        """With the routing of the old-log-prob pass replayed in the update."""
+        model, kind, budget, objective = "experts", "many", BUDGETS[1], "tic_grpo"
+        views = self._second_updates(layout, [self._case(model, [objective], kind, budget, actor={"router_replay": "on"})])
+        reference = second_update(self.paths(model), rollout(kind), objective, replay=True)
+        return compare([view[0] for view in views], reference, layout, model, objective, kind, budget)
+
+    def _case(self, model: str, objectives, kind: str, budget: int, **others) -> dict:
+        return {"paths": self.paths(model), "objectives": objectives, "rollout_kind": kind, "max_tokens": budget, **others}
+
+    def _second_updates(self, layout: Layout, cases: list[dict]) -> list[list[dict]]:
+        function = "tests.layouts.ranks:second_updates"
+        return self.pool.run(function, world_size=layout.world_size, timeout_s=240, layout=layout, cases=cases)
 
 
 def compare(

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.layouts.cases import N_UPDATES, Layout, rollout, settings_of
+
+MOVE = 4e-3
+"""Relative size of a random move of all weights: about the last digit of bf16."""
+
+MISTAKES = {
+    "loss times CP": lambda loss, layout, n: loss * layout.cp,
+    "loss over micro-batches": lambda loss, layout, n: loss / n,
+}
+
+
+def make_mistake(step, name: str | None, layout: Layout) -> None:
+    """Break the step in one of the ways that the proof must see."""
+    if name is None:
+        return
+    from tic_megatron.algorithms import ratios
+
+    if name == "no all-reduce of trajectories":
+        ratios.sum_over_group = lambda partial, group: partial
+        return
+    update = step.backend.update
+
+    def wrong_update(inputs, loss):
+        return update(inputs, lambda *args: MISTAKES[name](loss(*args), layout, len(inputs)))
+
+    step.backend.update = wrong_update
 
 
 def second_updates(rank: int, world_size: int, master: str, layout: Layout, cases: list[dict]) -> list[dict]:
@@ -16,19 +43,20 @@ def second_updates(rank: int, world_size: int, master: str, layout: Layout, case
     return [view for case in cases for view in _views(layout, device, **case)]
 
 
-def _views(layout, device, *, paths, objectives, rollout_kind, max_tokens, actor) -> list[dict]:
+def _views(layout, device, *, paths, objectives, rollout_kind, max_tokens, actor=None, mistake=None) -> list[dict]:
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
     from tic_megatron.data.packing import Packing, pack_rollout
 
     views, groups = [], rollout(rollout_kind)
     # The reference routes the tokens at theta, so nothing is replayed here.
-    settings = settings_of(layout, objectives[0], max_tokens=max_tokens, **({"router_replay": "off"} | actor))
+    settings = settings_of(layout, objectives[0], max_tokens=max_tokens, **({"router_replay": "off"} | (actor or {})))
     backend = MegatronBackend(settings, paths["old"], device)
     for objective in objectives:
         settings.algorithm = settings_of(layout, objective, max_tokens=max_tokens).algorithm
         backend.load_weights(paths["old"])
         step = PolicyStep(backend, settings)
+        make_mistake(step, mistake, layout)
         step.load(pack_rollout(groups, N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
         step.old_logprobs(check_noise=True)
         first = step.update(0)
@@ -53,3 +81,113 @@ def slices(backend, what: str) -> dict:
         for hf, piece in zip(weight.parts, weight.split(value), strict=True):
             found[hf.name] = (hf.shard_dim, *backend.weights.shard(weight), piece.clone())
     return found
+
+
+def adam_steps(rank: int, world_size: int, master: str, layout: Layout, paths: dict, max_tokens: int) -> dict:
+    """Parameters after one step of AdamW with the distributed optimizer, at rate 1 and with an epsilon of 1."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1.0, "adam_eps": 1.0, "router_replay": "off"}
+    settings = settings_of(layout, "tic_grpo", max_tokens=max_tokens, **adam)
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, paths["old"], device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+    step.old_logprobs(check_noise=False)
+    backend.load_weights(paths["new"])
+    step.update(1)
+    return slices(backend, "data")
+
+
+def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, max_bytes: int) -> dict:
+    """What this rank reads of a model, sends to engines, and writes: element counts, tensors by name, and a file map."""
+    from tic_megatron.actors.megatron import parameters, runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.megatron.export import WeightExporter
+    from tic_megatron.weights.plan import ExportLayout
+
+    settings = settings_of(layout, "tic_grpo", max_tokens=300)
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    n_read, read = [], parameters._SafetensorsReader.read
+    parameters._SafetensorsReader.read = lambda *args: (tensor := read(*args), n_read.append(tensor.numel()))[0]
+    try:
+        backend = MegatronBackend(settings, path, device)
+    finally:
+        parameters._SafetensorsReader.read = read
+    n_held = sum(p.numel() for part in backend.model_parts for p in part.parameters())
+    export_layout = ExportLayout.of(settings.actor, backend.hf.num_hidden_layers)
+    exporter = WeightExporter(backend.weights, export_layout, backend.config.params_dtype, device, max_bytes)
+    sent: dict = {}
+    for index in range(exporter.begin()):
+        if exporter.export(index) is not None:
+            sent |= {t.name: exporter.buffer.view(t).clone() for t in exporter.plan[index].layout.tensors}
+    n_bytes = [b.layout.nbytes for b in exporter.plan]
+    written = exporter.save(Path(folder))
+    exporter.close()
+    return {"read": sum(n_read), "held": n_held, "sent": sent, "files": written, "bytes": n_bytes}
+
+
+def replay_noise(rank: int, world_size: int, master: str, path: str) -> dict[tuple[str, str], dict]:
+    """{(precision, router replay): {"L": of each trajectory after all weights have moved, "noise": max |L| at theta_old}}; the
+    weights are the same numbers in both precisions."""
+    import torch
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    found, device = {}, None
+    for precision, replay in (("bf16", "off"), ("bf16", "on"), ("fp32", "off"), ("fp32", "on")):
+        settings = settings_of(Layout(), "tic_grpo", max_tokens=300, precision=precision, router_replay=replay)
+        device = device or runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+        backend = MegatronBackend(settings, path, device)
+        generator = torch.Generator().manual_seed(0)
+
+        def move(size: float, backend=backend, generator=generator) -> None:
+            with torch.no_grad():
+                for parameter in (p for part in backend.model_parts for p in part.parameters()):
+                    moved = parameter.float() * (1 + size * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(moved.bfloat16())
+
+        move(0.0)
+        step = PolicyStep(backend, settings)
+        step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[0])
+        step.old_logprobs(check_noise=True)
+        noise = step.update(0).noise
+        move(MOVE)
+        found[precision, replay] = {"L": step.update(1).log_ratio, "noise": noise}
+    return found
+
+
+def out_of_memory(rank: int, world_size: int, master: str, path: str) -> str:
+    """The message when the second micro-batch does not fit, and what that is."""
+    import torch
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    settings = settings_of(Layout(), "tic_grpo", max_tokens=120)
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, path, device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[0])
+    n_calls = 0
+
+    def fail_the_second_time(*args) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    backend.model_parts[0].module.decoder.layers[0].register_forward_pre_hook(fail_the_second_time)
+    try:
+        step.update(0)
+    except RuntimeError as error:
+        return f"{error} [{len(step.inputs[0])} micro-batches, the second of {sum(step.inputs[0][1].lengths)} tokens]"
+    return ""

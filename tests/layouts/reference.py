@@ -24,10 +24,15 @@ class Reference:
     entropy: float
 
 
-def second_update(paths: dict[str, str], groups: list[Group], objective: str) -> Reference:
-    """The second of the rollout's updates; the parameters are those of the model `new`."""
+def second_update(paths: dict[str, str], groups: list[Group], objective: str, *, replay: bool = False) -> Reference:
+    """The second of the rollout's updates; the parameters are those of the model `new`.
+
+    With `replay` its tokens go to the experts that the model `old` sends them to.
+    """
     old_model = load_float64(paths["old"])
     model = load_float64(paths["new"])
+    if replay:
+        _replay_routing(old_model, model)
     part = groups[len(groups) // N_UPDATES :]
     n = sum(len(group.trajectories) for group in part)
     trained = [t for group in part if len({t.reward for t in group.trajectories}) > 1 for t in group.trajectories]
@@ -54,6 +59,24 @@ def load_float64(path: str):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     model.config._experts_implementation = "eager"
     return model
+
+
+def _replay_routing(old_model, model) -> None:
+    """Have the routers of `model` choose what those of `old_model` chose for the sequence before."""
+    for old_layer, layer in zip(old_model.model.layers, model.model.layers, strict=True):
+        if not hasattr(layer.mlp, "gate"):
+            continue
+        chosen: dict[str, Tensor] = {}
+        old_layer.mlp.gate.register_forward_hook(lambda module, args, output, chosen=chosen: chosen.update(experts=output[2]))
+
+        def replayed(hidden, router=layer.mlp.gate, chosen=chosen):
+            logits = torch.nn.functional.linear(hidden, router.weight)
+            scores = logits.softmax(-1).gather(-1, chosen["experts"])
+            if router.norm_topk_prob:
+                scores = scores / scores.sum(-1, keepdim=True)
+            return logits, scores, chosen["experts"]
+
+        layer.mlp.gate.forward = replayed
 
 
 def _term(objective: str, delta: Tensor, advantage: float) -> Tensor:

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from tests.layouts.cases import FAST, MODELS, rollout
-from tests.layouts.proof import Finding, Prover
+from tests.layouts.proof import Finding
 from tests.layouts.reference import load_float64
-
-
-@pytest.fixture(scope="session")
-def prover(rank_pool, tmp_path_factory) -> Prover:
-    return Prover(rank_pool, tmp_path_factory.mktemp("layouts"))
 
 
 def cases():

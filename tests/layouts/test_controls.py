@@ -1,0 +1,121 @@
+"""What belongs to layouts besides the gradient: optimizer, loading, export, router replay, messages; and the proof's teeth."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.layouts.cases import DENSE, EXPERTS, Layout, rollout
+from tests.layouts.proof import merge
+from tests.layouts.reference import second_update
+from tests.layouts.test_layouts import check
+
+BUCKET_BYTES = 64 * 1024
+
+
+def layouts_of_models():
+    for model, layouts in (("tied", DENSE), ("untied", DENSE), ("experts", EXPERTS)):
+        for layout in layouts:
+            if layout.world_size > 1 and not layout.options.keys() - {"layers_in_first_stage", "layers_in_last_stage"}:
+                fast = str(layout) in ("tp2-pp2", "pp2-vpp2", "tp2-ep2-etp2-dp2")
+                yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("model", "layout"), list(layouts_of_models()))
+def test_every_rank_reads_its_part_and_together_they_give_the_model_back(prover, rank_pool, tmp_path, model, layout):
+    path = prover.paths(model)["new"]
+    job = {"layout": layout, "path": path, "folder": str(tmp_path), "max_bytes": BUCKET_BYTES}
+    views = rank_pool.run("tests.layouts.ranks:exports", world_size=layout.world_size, timeout_s=120, **job)
+    expected = load_file(f"{path}/model.safetensors")
+    for view in views:
+        assert view["read"] == view["held"]
+    sent = [name for view in views for name in view["sent"]]
+    assert sorted(sent) == sorted(expected), "every tensor is sent once"
+    for view in views:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in view["sent"].items())
+    files = {name: file for view in views for name, file in view["files"].items()}
+    assert files.keys() == expected.keys()
+    for name, file in files.items():
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert torch.equal(opened.get_tensor(name), expected[name])
+    assert len(views[0]["bytes"]) > 5, "the weights were sent in several buckets"
+
+
+ADAM = {"untied": Layout(tp=2, pp=2, dp=2), "experts": Layout(ep=2, cp=2, dp=2)}
+
+
+@pytest.mark.parametrize("model", ADAM)
+def test_the_distributed_optimizer_takes_the_step_of_one_process(prover, rank_pool, model):
+    layout = ADAM[model]
+    job = {"layout": layout, "paths": prover.paths(model), "max_tokens": 120}
+    views = rank_pool.run("tests.layouts.ranks:adam_steps", world_size=layout.world_size, timeout_s=120, **job)
+    before, after = load_file(f"{prover.paths(model)['new']}/model.safetensors"), merge(views)
+    reference = second_update(prover.paths(model), rollout("many"), "tic_grpo")
+    for name, gradient in reference.gradient.items():
+        moved = after[name].double() - before[name].double()
+        expected = -gradient / (gradient.abs() + 1)
+        rounding = 1e-7 * before[name].norm().item()  # of the parameters, which are much larger than their steps
+        assert (moved - expected).norm().item() < 1e-5 * expected.norm().item() + rounding, name
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(options={"recompute": "full"}), Layout(ep=2, cp=2), Layout(pp=2, vpp=2)], ids=str
+)
+def test_the_update_replays_the_routing_of_the_old_policy(prover, layout):
+    check(prover.prove_replayed(layout))
+
+
+def test_router_replay_changes_something(prover):
+    """The two models do route tokens differently, so the test above can fail."""
+    plain, replayed = (second_update(prover.paths("experts"), rollout("many"), "tic_grpo", replay=r) for r in (False, True))
+    assert plain.log_ratio != replayed.log_ratio
+
+
+def test_router_replay_reduces_the_noise_of_the_ratio(prover, rank_pool):
+    """The noise of L is what bf16 arithmetic makes of it, against fp32 with the same weights and the same kind of routing."""
+    path = prover.paths("experts")["old"]
+    found = rank_pool.run("tests.layouts.ranks:replay_noise", world_size=1, timeout_s=120, path=path)[0]
+    assert all(case["noise"] == 0.0 for case in found.values())
+    L = {key: torch.tensor(case["L"], dtype=torch.float64) for key, case in found.items()}
+    plain, replayed = ((L["bf16", replay] - L["fp32", replay]).std().item() for replay in ("off", "on"))
+    assert 0 < replayed < 0.8 * plain, (plain, replayed)
+
+
+MISTAKES = [
+    (Layout(cp=2), "loss times CP", ("tic_grpo", "grpo")),
+    (Layout(cp=2), "no all-reduce of trajectories", ("tic_grpo", "gspo")),
+    (Layout(), "loss over micro-batches", ("tic_grpo", "grpo")),
+]
+
+
+@pytest.mark.parametrize(("layout", "mistake", "objectives"), MISTAKES, ids=[m[1] for m in MISTAKES])
+def test_mistakes_are_found(prover, rank_pool, layout, mistake, objectives):
+    try:
+        findings = prover.prove(layout, "untied", objectives=objectives, mistake=mistake)
+    finally:
+        rank_pool.stop()  # the mistake stays in those processes
+    split = [f for f in findings if f.max_tokens == 120 and f.rollout == "many"]
+    assert len(split) == len(objectives)
+    assert all(f.worst_error > 1e-3 for f in split)
+
+
+def test_out_of_memory_names_the_micro_batch_and_the_setting(prover, rank_pool):
+    path = prover.paths("untied")["old"]
+    message = rank_pool.run("tests.layouts.ranks:out_of_memory", world_size=1, timeout_s=60, path=path)[0]
+    n_micro_batches, n_tokens = re.search(r"\[(\d+) micro-batches, the second of (\d+) tokens\]", message).groups()
+    assert f"out of memory in micro-batch 2 of {n_micro_batches}" in message
+    assert f"{n_tokens} tokens" in message
+    assert "lower actor.max_tokens_per_microbatch (now 120; at least the longest sequence, 80)" in message
+    assert "actor.recompute full" in message
+
+
+def test_the_report_is_json(prover):
+    finding = prover.prove(Layout(), "untied", objectives=("tic_grpo",))[0]
+    entry = json.loads(json.dumps(finding.as_json()))
+    assert entry["layout"] == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
+    assert entry["objective"] == "tic_grpo" and entry["worst_error"] < 1e-5
