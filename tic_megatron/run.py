@@ -157,7 +157,15 @@ class Run:
         if step == trainer.steps or (trainer.save_every and step % trainer.save_every == 0):
             self.progress.phase("save")
             self.state.wall_s += self._lap()
+            self.to_training()
             self.checkpoints.save(self.state, self.actors.save_checkpoint)
+            if step < trainer.steps:
+                self.rollouts.use_weights(self.actors, version=step)
+
+    def to_training(self) -> None:
+        """Colocated engines sleep, and the actors come back to their GPUs; `rollouts.use_weights` is the way back."""
+        self.rollouts.make_room()
+        self.actors.restore()
 
     def finish(self) -> dict[str, Any]:
         """Export the model, draw the curves, write and return the summary."""

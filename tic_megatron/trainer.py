@@ -41,7 +41,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             set_advantages(groups, settings.algorithm)
         with timed("old_logprob"):
             run.progress.phase("train")
-            run.rollouts.make_room()
+            run.to_training()
             # Packed once: old log-probs and updates see the same micro-batches, so their rounding cancels.
             shards = pack(groups, settings)
             run.actors.load_rollout(shards)

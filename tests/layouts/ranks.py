@@ -191,3 +191,31 @@ def out_of_memory(rank: int, world_size: int, master: str, path: str) -> str:
     except RuntimeError as error:
         return f"{error} [{len(step.inputs[0])} micro-batches, the second of {sum(step.inputs[0][1].lengths)} tokens]"
     return ""
+
+
+def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, precision: str) -> dict:
+    """Two updates with AdamW, without and with all memory given up in between: bytes given up, parameters after both."""
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "precision": precision}
+    settings = settings_of(layout, "tic_grpo", max_tokens=300, **adam)
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    found = {}
+    for park in (False, True):
+        backend = MegatronBackend(settings, path, device)
+        backend._parks = park  # on a CPU there is no other use for it
+        step = PolicyStep(backend, settings)
+        step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+        step.old_logprobs(check_noise=False)
+        step.update(0)
+        backend.release_optimizer()
+        backend.release_parameters()
+        found["bytes", park] = sum(p.nbytes for p in backend._parked)
+        found["left", park] = sum(p.untyped_storage().nbytes() for part in backend.model_parts for p in part.parameters())
+        backend.restore()
+        step.update(1)
+        found["parameters", park] = slices(backend, "data")
+    return found

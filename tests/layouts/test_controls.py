@@ -86,6 +86,17 @@ def test_router_replay_reduces_the_noise_of_the_ratio(prover, rank_pool):
     assert 0 < replayed < 0.8 * plain, (plain, replayed)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_given_up_comes_back_with_the_same_values(prover, rank_pool, precision):
+    layout = Layout(ep=2, dp=2)
+    job = {"layout": layout, "path": prover.paths("experts")["old"], "precision": precision}
+    for found in rank_pool.run("tests.layouts.ranks:parked", world_size=layout.world_size, timeout_s=120, **job):
+        assert found["bytes", False] == 0 < found["bytes", True]
+        assert found["left", True] == 0 < found["left", False]
+        plain, parked = found["parameters", False], found["parameters", True]
+        assert all(torch.equal(plain[name][-1], parked[name][-1]) for name in plain)
+
+
 MISTAKES = [
     (Layout(cp=2), "loss times CP", ("tic_grpo", "grpo")),
     (Layout(cp=2), "no all-reduce of trajectories", ("tic_grpo", "gspo")),

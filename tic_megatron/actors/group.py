@@ -87,6 +87,18 @@ class ActorGroup:
         """Assemble one bucket; each rank's payload."""
         return self.pool.call("export_bucket", index)
 
+    def release_optimizer(self) -> None:
+        """Leave colocated GPUs to the engines, but for the parameters, which are to be sent. (Nothing happens on CPUs.)"""
+        self.pool.call("release_optimizer")
+
+    def release_parameters(self) -> None:
+        """Leave colocated GPUs to the engines."""
+        self.pool.call("release_parameters")
+
+    def restore(self) -> None:
+        """Come back to the GPUs; engines there must sleep."""
+        self.pool.call("restore")
+
     def save_hf(self, directory: str | Path) -> dict[str, str]:
         """Write the weights as safetensors files; `{tensor name: file name}`."""
         return {name: file for part in self.pool.call("save_hf", str(directory)) for name, file in part.items()}

@@ -93,6 +93,18 @@ class ActorWorker:
         """Assemble one bucket."""
         return self.exporter.export(index)
 
+    def release_optimizer(self) -> None:
+        """Leave the GPU to the engines, but for the parameters, which are to be sent."""
+        self.backend.release_optimizer()
+
+    def release_parameters(self) -> None:
+        """Leave the GPU to the engines."""
+        self.backend.release_parameters()
+
+    def restore(self) -> None:
+        """Come back to the GPU."""
+        self.backend.restore()
+
     def save_hf(self, directory: str) -> dict[str, str]:
         """Write this rank's part of a Hugging Face checkpoint; `{tensor name: file name}`."""
         return self.exporter.save(Path(directory))

@@ -64,11 +64,15 @@ class SampledRollouts:
             self.engines.sleep(level=2)
 
     def use_weights(self, actors, version: int) -> None:
-        """Wake the engines' weights, send the new ones, then wake the KV cache: both never need room at once."""
-        if self.settings.cluster.colocate:
+        """Hand colocated GPUs over piece by piece: the actors' optimizer goes, the engines' weights come and are filled, the
+        actors' parameters go, the KV cache comes."""
+        colocated = self.settings.cluster.colocate
+        if colocated:
+            actors.release_optimizer()
             self.engines.wake_up(["weights"])
         send_weights(actors, self.engines, version=version)
-        if self.settings.cluster.colocate:
+        if colocated:
+            actors.release_parameters()
             self.engines.wake_up(["kv_cache"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tic_megatron.actors.context_parallel import TokenLayout
 from tic_megatron.actors.megatron.held import HeldParameters
 from tic_megatron.actors.megatron.model import PolicyModel, ResponseTokens, build_model, transformer_config
 from tic_megatron.actors.megatron.parameters import LocalWeights
+from tic_megatron.actors.megatron.parking import Parked
 from tic_megatron.actors.megatron.routing import RouterReplay
 from tic_megatron.actors.objective import choose_objective
 from tic_megatron.actors.schedule import learning_rate
@@ -62,6 +64,8 @@ class MegatronBackend:
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.updates_done = 0
+        self._parks = device.type == "cuda" and settings.cluster.colocate
+        self._parked: list[Parked] = []
 
     def _build_parts(self) -> list[PolicyModel]:
         return [part.to(self.device) for part in build_model(self.hf, self.config)]
@@ -245,6 +249,40 @@ class MegatronBackend:
                 cp_group=parallel_state.get_context_parallel_group(),
             ),
         )
+
+    def release_optimizer(self) -> None:
+        """Give up the memory of gradients and optimizer state; their values wait on the host. Nothing happens on a CPU."""
+        if self._parks:
+            self.held = None
+            self._parked += [Parked(self._gradients(), keep_values=False), Parked(self._optimizer_tensors())]
+            torch.cuda.empty_cache()
+
+    def release_parameters(self) -> None:
+        """Give up the memory of the parameters, the reference policy's too; their values wait on the host."""
+        if self._parks:
+            modules = [*self.model_parts, *(self.reference_parts or [])]
+            self._parked.append(Parked(p.data for module in modules for p in module.parameters()))
+            torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Take all memory back that was given up."""
+        for parked in self._parked:
+            parked.restore()
+        self._parked = []
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for part in self.model_parts:
+            for buffer in (*part.buffers, *part.expert_parallel_buffers):
+                yield buffer.grad_data
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        """Its moments, and the main parameters where they are not the model's own memory."""
+        own = {p.data.untyped_storage().data_ptr() for part in self.model_parts for p in part.parameters()}
+        for optimizer in self.optimizer.chained_optimizers:
+            main = [p.data for group in optimizer.optimizer.param_groups for p in group["params"]]
+            moments = [v for state in optimizer.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+            yield from (t for t in main if t.untyped_storage().data_ptr() not in own)
+            yield from (t for t in moments if t.device == self.device)
 
     def load_weights(self, directory: str | Path) -> None:
         """Read the parameters from a Hugging Face directory, and the optimizer's main copies with them."""
