@@ -108,13 +108,13 @@ def ablations(results: Results, updates: int) -> plt.Figure:
     for baseline, colour in (("group", "#D55E00"), ("leave_one_out", "#0072B2"), ("running", "#009E73"), ("value", "#000000")):
         intervals = [rows[f"{baseline} G={g}"]["best"]["speed"] for g in sizes]
         band(groups, list(sizes), intervals, color=colour, label=baseline.replace("_", " "))
-    groups.set(title="(e) speed and group size, 32 responses per update", xlabel="G")
+    groups.set(title="speed and group size, 32 responses per update", xlabel="G")
     log2_axis(groups, sizes)
     highs, rows = ("0.1", "0.28", "1.0", "inf"), results["clip_range"]["rows"]
     for name in ("grpo", "traj_is", "gspo", "grpo2", "tic_grpo"):
         intervals = [rows[f"{name} high={high}"]["best"]["speed"] for high in highs]
         band(clips, list(range(len(highs))), intervals, color=COLOURS[name], label=name)
-    clips.set(title="(f) speed and eps_high, K = 8", xlabel="eps_high")
+    clips.set(title="speed and eps_high, K = 8", xlabel="eps_high")
     clips.set_xticks(range(len(highs)), highs)
     for axes in (variance, uncontrolled, groups, clips):
         axes.legend(fontsize=7)
@@ -127,7 +127,7 @@ def length_spread(rows: dict, axes: Axes) -> None:
         band(axes, [0, 6, 12, 18], [rows[label]["best"]["speed"] for label in labels], color=COLOURS[name], label=name)
     level = rows["tic_grpo equal"]["best"]["speed"][0]
     axes.axhline(level, color=COLOURS["tic_grpo"], label="tic_grpo: the same at every spread")
-    axes.set(title="(c) speed and the spread of lengths", xlabel="T_i between 30 - x and 30 + x", xticks=[0, 6, 12, 18])
+    axes.set(title="speed and the spread of lengths", xlabel="T_i between 30 - x and 30 + x", xticks=[0, 6, 12, 18])
 
 
 def clip_sides(rows: dict, axes: Axes) -> None:
@@ -137,7 +137,7 @@ def clip_sides(rows: dict, axes: Axes) -> None:
             points = rows[f"{word}: {clip}"]["points"]
             style = {"color": colour, "linestyle": line, "label": f"{word}: {clip}"}
             band(axes, [p["step"] for p in points], [p["speed"] for p in points], **style)
-    axes.set(title="(d) speed and the sides of the clip, K = 16", xlabel="step size x mean token weight")
+    axes.set(title="speed and the sides of the clip, K = 16", xlabel="step size x mean token weight")
     log2_axis(axes)
 
 

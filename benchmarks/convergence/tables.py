@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 Results = dict[str, dict]
+METRICS = {"speed": "speed", "gain": "final gain", "stationarity": "mean ‖∇J‖² x 1000"}
+SCALES = {"stationarity": (1e3, 2)}
+MODES = {"best": "best step", "matched": "step 8"}
+"""`step`, as in the tables, is the size of an update: step size x mean token weight."""
 
 
 def plus_minus(interval: list[float], scale: float = 1.0, digits: int = 3) -> str:
@@ -23,11 +27,6 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def steps(row: dict) -> str:
-    """The step sizes that the folds chose."""
-    return ", ".join(f"{float(step):g}" for step in sorted(row["best_steps"], key=float))
-
-
 def at_step(row: dict, step: float) -> dict:
     """The point of a row at a matched step size."""
     return min(row["points"], key=lambda point: abs(point["step"] - step))
@@ -38,7 +37,7 @@ def rows_at_best(results: dict, code: bool = True) -> str:
         best, half = row["best"], row["best"]["updates_to_half"]
         return [
             f"`{label}`" if code else label,
-            steps(row),
+            f"{row['best_step']:g}",
             plus_minus(best["speed"]),
             plus_minus(best["gain"]),
             "never" if half is None else f"{half:.0f}",
@@ -60,24 +59,18 @@ def rows_at_best(results: dict, code: bool = True) -> str:
     return markdown(header, (line(*item) for item in results["rows"].items()))
 
 
-def differences(results: dict, modes: tuple[str, ...] | None = None) -> str:
-    rows = [
-        [
-            f"{d['a']} - {d['b']}",
-            d["at"],
-            difference(d["speed"]),
-            difference(d["gain"]),
-            difference(d["stationarity"], 1e3, 2),
-        ]
-        for d in results["differences"]
-        if modes is None or d["at"] in modes
-    ]
-    return markdown(("difference", "at", "speed", "final gain", "mean ‖∇J‖² x 1000"), rows)
+def differences(results: dict) -> str:
+    """A line per pair: all metrics at the best step sizes, and the speed at every other choice of them."""
+    modes = list(dict.fromkeys(d["at"] for d in results["differences"]))
+    columns = [("best", "speed"), ("best", "gain"), ("best", "stationarity"), *((m, "speed") for m in modes if m != "best")]
+    pairs = dict.fromkeys((d["a"], d["b"]) for d in results["differences"])
+    rows = [[f"{a} - {b}", *(pair(results, a, b, mode, metric) for mode, metric in columns)] for a, b in pairs]
+    return markdown(("", *(f"{METRICS[metric]}, {MODES.get(mode, mode)}" for mode, metric in columns)), rows)
 
 
 def pair(results: dict, a: str, b: str, mode: str = "best", metric: str = "speed") -> str:
     found = next(d for d in results["differences"] if (d["a"], d["b"], d["at"]) == (a, b, mode))
-    return difference(found[metric])
+    return difference(found[metric], *SCALES.get(metric, ()))
 
 
 def staleness(results: dict) -> str:
@@ -152,12 +145,9 @@ def lengths(results: dict) -> str:
     words = [f"{kind} +-{spread}" for kind in ("independent", "long_answers") for spread in (6, 12, 18)]
     rows = []
     for mode, metric in (("best", "speed"), ("best", "gain"), ("matched", "speed"), ("matched", "stationarity")):
-        scale, digits = (1e3, 2) if metric == "stationarity" else (1.0, 3)
         for word in words:
-            found = {d["a"]: d for d in results["differences"] if d["at"] == mode}
-            cells = [difference(found[f"{n} {word}"][metric], scale, digits) for n in ("grpo", "dapo", "gspo")]
-            what = "mean ‖∇J‖² x 1000" if metric == "stationarity" else {"speed": "speed", "gain": "final gain"}[metric]
-            rows.append([f"{what}, {mode} step", word.replace("_", " ").replace("+-", "± "), *cells])
+            cells = [pair(results, f"{n} {word}", f"{n} equal", mode, metric) for n in ("grpo", "dapo", "gspo")]
+            rows.append([f"{METRICS[metric]}, {MODES[mode]}", word.replace("_", " ").replace("+-", "± "), *cells])
     return markdown(("minus its value at equal lengths", "T_i", "`grpo`", "`dapo`", "`gspo`"), rows)
 
 
@@ -203,7 +193,7 @@ def clips(results: dict) -> str:
     rows = [
         [
             label,
-            steps(row),
+            f"{row['best_step']:g}",
             plus_minus(row["best"]["speed"]),
             plus_minus(row["best"]["gain"]),
             f"{100 * row['best']['capped']:.1f}",
@@ -225,7 +215,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "length_bias": (("length_bias",), lambda r: length_bias(r["length_bias"])),
     "length_variance": (("length_variance",), lambda r: lengths(r["length_variance"])),
     "uncontrolled_ratio": (("uncontrolled_ratio",), lambda r: uncontrolled(r["uncontrolled_ratio"])),
-    "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"], ("best",))),
+    "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"])),
     "group_size": (("group_size",), lambda r: groups(r["group_size"])),
     "clip_range": (("clip_range",), lambda r: clips(r["clip_range"])),
 }
