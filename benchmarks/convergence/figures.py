@@ -31,6 +31,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 3.0,  # long enough to tell dashes
 }
 
 
@@ -76,8 +77,8 @@ def staleness(results: Results, updates: int) -> plt.Figure:
         style = {"color": COLOURS[name], "label": name}
         band(speed, list(ks), [rows[f"{name} K={k}"]["best"]["speed"] for k in ks], **style)
         band(final, list(ks), [rows[f"{name} K={k}"]["best"]["gain"] for k in ks], **style)
-    speed.set(title="speed, at the best step size", xlabel="K")
-    final.set(title="final gain, at the best step size", xlabel="K")
+    speed.set(title="speed, at the best step size", xlabel="K (updates per refresh of pi_old)")
+    final.set(title="final gain, at the best step size", xlabel="K (updates per refresh of pi_old)")
     log2_axis(speed, ks)
     log2_axis(final, ks)
     speed.legend()

@@ -84,15 +84,6 @@ def staleness(results: dict) -> str:
     return markdown(("speed", *(f"K = {k}" for k in ks)), rows)
 
 
-def staleness_stationarity(results: dict) -> str:
-    ks = (1, 2, 4, 8, 16)
-    rows = [
-        [f"`{n}`", *(plus_minus(at_step(results["rows"][f"{n} K={k}"], 8.0)["stationarity"], 1e3, 2) for k in ks)]
-        for n in ("grpo", "traj_is", "no_is", "grpo2", "tic_grpo")
-    ]
-    return markdown(("mean ‖∇J‖² x 1000, step 8", *(f"K = {k}" for k in ks)), rows)
-
-
 def estimators(results: dict) -> str:
     rows, since = results["rows"], sorted({row["updates_since_old"] for row in results["rows"]})
     names = list(dict.fromkeys(row["objective"] for row in rows))
@@ -104,16 +95,6 @@ def estimators(results: dict) -> str:
 
     lines = [[f"`{name}`" if "," not in name else name, *(cell(name, k) for k in since)] for name in names]
     return markdown(("cosine with ∇J(θ) / with ∇J(θ_old) / efficiency", *(f"{k} updates since" for k in since)), lines)
-
-
-def factorial(results: Results) -> str:
-    """Both K side by side, at the best step."""
-    four, sixteen = results["factorial_k4"], results["factorial_k16"]
-    rows = [
-        [label, *(plus_minus(part["rows"][label]["best"][metric]) for part in (four, sixteen) for metric in ("speed", "gain"))]
-        for label in four["rows"]
-    ]
-    return markdown(("ratio, clip, weight", "K = 4: speed", "final gain", "K = 16: speed", "final gain"), rows)
 
 
 def factorial_effects(results: Results) -> str:
@@ -144,7 +125,7 @@ def lengths(results: dict) -> str:
     """Spread x objective: difference from equal lengths, at the best step and at the matched one."""
     words = [f"{kind} +-{spread}" for kind in ("independent", "long_answers") for spread in (6, 12, 18)]
     rows = []
-    for mode, metric in (("best", "speed"), ("best", "gain"), ("matched", "speed"), ("matched", "stationarity")):
+    for mode, metric in (("best", "speed"), ("matched", "stationarity")):
         for word in words:
             cells = [pair(results, f"{n} {word}", f"{n} equal", mode, metric) for n in ("grpo", "dapo", "gspo")]
             rows.append([f"{METRICS[metric]}, {MODES[mode]}", word.replace("_", " ").replace("+-", "± "), *cells])
@@ -190,27 +171,21 @@ def lengths_of_responses(results: dict) -> str:
 
 
 def clips(results: dict) -> str:
+    """Objective x eps_high: speed at the best step."""
+    highs, found = ("0.1", "0.28", "1.0", "inf"), results["rows"]
     rows = [
-        [
-            label,
-            f"{row['best_step']:g}",
-            plus_minus(row["best"]["speed"]),
-            plus_minus(row["best"]["gain"]),
-            f"{100 * row['best']['capped']:.1f}",
-        ]
-        for label, row in results["rows"].items()
+        [f"`{name}`", *(plus_minus(found[f"{name} high={high}"]["best"]["speed"]) for high in highs)]
+        for name in ("grpo", "traj_is", "gspo", "grpo2", "tic_grpo")
     ]
-    return markdown(("", "step", "speed", "final gain", "above cap, A > 0, %"), rows)
+    return markdown(("speed", *("no cap" if high == "inf" else f"eps_high = {high}" for high in highs)), rows)
 
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "hierarchy": (("hierarchy",), lambda r: rows_at_best(r["hierarchy"])),
     "hierarchy differences": (("hierarchy",), lambda r: differences(r["hierarchy"])),
     "estimators": (("estimators",), lambda r: estimators(r["estimators"])),
-    "factorial": (("factorial_k4", "factorial_k16"), factorial),
     "factorial effects": (("factorial_k4", "factorial_k16"), factorial_effects),
     "staleness": (("staleness",), lambda r: staleness(r["staleness"])),
-    "staleness stationarity": (("staleness",), lambda r: staleness_stationarity(r["staleness"])),
     "response_length": (("response_length",), lambda r: lengths_of_responses(r["response_length"])),
     "length_bias": (("length_bias",), lambda r: length_bias(r["length_bias"])),
     "length_variance": (("length_variance",), lambda r: lengths(r["length_variance"])),
