@@ -38,8 +38,9 @@ end, `speed` the mean of that share over the run, `curve` [S, CURVE_POINTS] its 
 class Laboratory:
     """Tasks by length, reference returns, a cache of runs. The first `tuning_seeds` tasks choose step sizes, the others count."""
 
-    def __init__(self, seeds: int, tuning_seeds: int, updates: int):
-        self.seeds, self.tuning_seeds, self.updates = seeds, tuning_seeds, updates
+    def __init__(self, seeds: int, tuning_seeds: int, updates: int, first_seed: int = 0):
+        """`first_seed`: another number gives other tasks and other random numbers."""
+        self.seeds, self.tuning_seeds, self.updates, self.first_seed = seeds, tuning_seeds, updates, first_seed
         self.tasks: dict[int, tuple[Task, Tensor]] = {}
         self.outcomes: dict[tuple[Run, int], Outcome] = {}
         self.weights: dict[tuple[Run, int], float] = {}
@@ -47,9 +48,8 @@ class Laboratory:
     def task(self, positions: int) -> tuple[Task, Tensor]:
         """(task, the return [S] that exact gradient ascent reaches)."""
         if positions not in self.tasks:
-            task = make_task(
-                self.tuning_seeds + self.seeds, positions=positions, generator=torch.Generator().manual_seed(positions)
-            )
+            generator = torch.Generator().manual_seed(self.first_seed + positions)
+            task = make_task(self.tuning_seeds + self.seeds, positions=positions, generator=generator)
             self.tasks[positions] = task, exact_ascent(task)
         return self.tasks[positions]
 
@@ -74,7 +74,7 @@ class Laboratory:
         run = replace(variant.run, step_size=step_size, updates=self.updates)
         if (run, variant.positions) not in self.outcomes:
             task, reachable = self.task(variant.positions)
-            trace = ascend(run, task, torch.Generator().manual_seed(1))
+            trace = ascend(run, task, torch.Generator().manual_seed(self.first_seed + 1))
             self.outcomes[run, variant.positions] = summarise(trace, reachable)
         return self.outcomes[run, variant.positions]
 
@@ -173,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of experiments, all by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    laboratory = Laboratory(8, 4, 9) if options.quick else Laboratory(SEEDS, TUNING_SEEDS, UPDATES)
+    size = (8, 4, 9) if options.quick else (SEEDS, TUNING_SEEDS, UPDATES)
+    laboratory = Laboratory(*size)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     experiments = all_experiments()
     for name in options.only or ["estimators", "length_bias", *experiments]:
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
             results[name] = length_bias(*laboratory.task(12), updates=20 if options.quick else 800)
         else:
             experiment = experiments[name]
-            results[name] = measure(laboratory, replace(experiment, steps=experiment.steps[:2]) if options.quick else experiment)
+            where = Laboratory(*size, experiment.first_seed) if experiment.first_seed else laboratory
+            results[name] = measure(where, replace(experiment, steps=experiment.steps[:2]) if options.quick else experiment)
         results[name]["cpu_seconds"] = round(time.process_time() - begun, 1)
         results["settings"] = {
             "seeds": laboratory.seeds,

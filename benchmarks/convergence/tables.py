@@ -183,6 +183,7 @@ def clips(results: dict) -> str:
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "hierarchy": (("hierarchy",), lambda r: rows_at_best(r["hierarchy"])),
     "hierarchy differences": (("hierarchy",), lambda r: differences(r["hierarchy"])),
+    "replication": (("replication",), lambda r: differences(r["replication"])),
     "estimators": (("estimators",), lambda r: estimators(r["estimators"])),
     "factorial effects": (("factorial_k4", "factorial_k16"), factorial_effects),
     "staleness": (("staleness",), lambda r: staleness(r["staleness"])),
