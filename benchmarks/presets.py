@@ -123,15 +123,15 @@ def run(configuration: Configuration, task: Path, run_dir: Path, steps: int) -> 
 
 def table(results: dict[str, dict]) -> str:
     """The results in Markdown."""
-    header = ("", "accuracy before", "after", "std of L", "capped", "grad norm", "seconds per step")
+    header = ("", "steps", "accuracy before", "after", "std of L", "capped", "grad norm", "seconds per step")
     lines = [header, ("---",) * len(header)]
     for label, row in results.items():
         name = f"`{label}`" if label == row["objective"] else label
         if "algorithm.eps_low" in row["changes"]:
             name += f" (clip {row['changes']['algorithm.eps_low']} / {row['changes']['algorithm.eps_high']})"
         capped = "" if row["capped"] is None else f"{row['capped']:.1%}"
-        numbers = [row["accuracy_before"], row["accuracy_after"], row["log_ratio_std"]]
-        cells = [f"{number:.3f}" for number in numbers] + [capped, f"{row['grad_norm']:.2g}", f"{row['step_s']:.1f}"]
+        numbers = [f"{row[key]:.3f}" for key in ("accuracy_before", "accuracy_after", "log_ratio_std")]
+        cells = (f"{row['steps']}", *numbers, capped, f"{row['grad_norm']:.2g}", f"{row['step_s']:.1f}")
         lines.append((name, *cells))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -60,9 +60,10 @@ def rows_at_best(results: dict, code: bool = True) -> str:
 
 
 def differences(results: dict) -> str:
-    """A line per pair: all metrics at the best step sizes, and the speed at every other choice of them."""
+    """A line per pair: speed at every choice of the step sizes, and the other metrics at two of them."""
     modes = list(dict.fromkeys(d["at"] for d in results["differences"]))
-    columns = [("best", "speed"), ("best", "gain"), ("best", "stationarity"), *((m, "speed") for m in modes if m != "best")]
+    squares = [("best", "stationarity"), ("matched", "stationarity")]
+    columns = [("best", "speed"), ("best", "gain"), *((m, "speed") for m in modes if m != "best"), *squares]
     pairs = dict.fromkeys((d["a"], d["b"]) for d in results["differences"])
     rows = [[f"{a} - {b}", *(pair(results, a, b, mode, metric) for mode, metric in columns)] for a, b in pairs]
     return markdown(("", *(f"{METRICS[metric]}, {MODES.get(mode, mode)}" for mode, metric in columns)), rows)
