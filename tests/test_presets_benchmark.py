@@ -28,5 +28,5 @@ def test_flags_are_settings(name, tmp_path):
 
 def test_page_shows_the_results():
     results = json.loads((ROOT / "benchmarks" / "presets.json").read_text())
-    assert set(results) == set(CONFIGURATIONS)
+    assert set(OBJECTIVES) <= set(results)
     assert table(results) in (ROOT / "docs" / "objectives.md").read_text()

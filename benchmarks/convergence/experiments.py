@@ -149,16 +149,6 @@ def group_size() -> Experiment:
     return Experiment("group_size", tuple(variants), tuple(pairs))
 
 
-def clip_range() -> Experiment:
-    """(f) Upper clip ranges, K = 8."""
-    variants, pairs = [], []
-    for name in ("tic_grpo", "grpo2", "traj_is", "grpo", "gspo"):
-        run = replace(RUNS[name], updates_per_refresh=8, eps_low=0.2)  # GSPO's own is 3e-4
-        variants += [Variant(f"{name} high={high}", replace(run, eps_high=high)) for high in (0.1, 0.28, 1.0, float("inf"))]
-        pairs += [(f"{name} high={high}", f"{name} high=0.28") for high in (0.1, 1.0, float("inf"))]
-    return Experiment("clip_range", tuple(variants), tuple(pairs))
-
-
 def all_experiments() -> dict[str, Experiment]:
     """By name, in the order of the report."""
     made = (
@@ -170,7 +160,6 @@ def all_experiments() -> dict[str, Experiment]:
         length_variance(),
         uncontrolled_ratio(),
         group_size(),
-        clip_range(),
         replication(),
     )
     return {experiment.name: experiment for experiment in made}

@@ -171,16 +171,6 @@ def lengths_of_responses(results: dict) -> str:
     return markdown(("speed", *(f"T = {t}" for t in sizes)), rows)
 
 
-def clips(results: dict) -> str:
-    """Objective x eps_high: speed at the best step."""
-    highs, found = ("0.1", "0.28", "1.0", "inf"), results["rows"]
-    rows = [
-        [f"`{name}`", *(plus_minus(found[f"{name} high={high}"]["best"]["speed"]) for high in highs)]
-        for name in ("grpo", "traj_is", "gspo", "grpo2", "tic_grpo")
-    ]
-    return markdown(("speed", *("no cap" if high == "inf" else f"eps_high = {high}" for high in highs)), rows)
-
-
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "hierarchy": (("hierarchy",), lambda r: rows_at_best(r["hierarchy"])),
     "hierarchy differences": (("hierarchy",), lambda r: differences(r["hierarchy"])),
@@ -194,6 +184,5 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "uncontrolled_ratio": (("uncontrolled_ratio",), lambda r: uncontrolled(r["uncontrolled_ratio"])),
     "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"])),
     "group_size": (("group_size",), lambda r: groups(r["group_size"])),
-    "clip_range": (("clip_range",), lambda r: clips(r["clip_range"])),
 }
 """By name: the experiments needed, and the table."""
