@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ from benchmarks.convergence.environment import (
     sample,
 )
 from benchmarks.convergence.length_bias import expected_gradient
+from benchmarks.convergence.tables import TABLES
 from tic_megatron.algorithms import OBJECTIVES, clips, normalisers, policy_objective, ratios
 from tic_megatron.algorithms.objectives import Objective
 
@@ -195,3 +197,16 @@ def test_script_and_report_run(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "| `tic_grpo` |" in text
     assert (tmp_path / "convergence_hierarchy.png").stat().st_size > 10_000
+
+
+def test_page_shows_the_results():
+    """The tables are those of the committed results, and so is every interval that the text quotes."""
+    results = json.loads((report.ROOT / "benchmarks" / "convergence" / "results.json").read_text())
+    page = (report.ROOT / "docs" / "theory.md").read_text()
+    assert set(re.findall(r"<!-- table (.+?) -->", page)) == set(TABLES)
+    assert report.fill(page, results) == page
+    tables = " ".join(make(results) for _, make in TABLES.values())
+    text = re.sub(r"<!-- table .*?<!-- end -->", "", page[page.index("## Convergence, measured") :], flags=re.DOTALL)
+    quoted = re.findall(r"[-+]?\d+\.\d+ ± \d+\.\d+", text)
+    assert quoted
+    assert [interval for interval in quoted if interval not in tables] == []

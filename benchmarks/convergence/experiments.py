@@ -31,7 +31,7 @@ class Experiment:
     """Variants with the step sizes to try, and the pairs of labels (a, b) whose difference a - b is wanted.
 
     `steps`: update sizes in units of the policy gradient, i.e. step size x mean token weight (see `mean_token_weight`).
-    `raw_steps`: step sizes as such, in units of T: the same for every objective.
+    `raw_steps`: step sizes as such, in units of T: the same for every objective. `first_seed`: see `Laboratory`.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Experiment:
     pairs: tuple[tuple[str, str], ...]
     steps: tuple[float, ...] = GRID
     raw_steps: tuple[float, ...] = field(default=())
+    first_seed: int = 0
 
 
 def hierarchy() -> Experiment:
@@ -50,6 +51,15 @@ def hierarchy() -> Experiment:
         *(("tic_grpo", name) for name in order if name not in ("tic_grpo", "grpo2")),
     ]
     return Experiment("hierarchy", tuple(Variant(n, RUNS[n]) for n in order), tuple(pairs), FULL_GRID, raw_steps=(2.0, 16.0))
+
+
+def replication() -> Experiment:
+    """(a) again, with other tasks and other random numbers: the tiers of the theorems, young and old policies."""
+    variants, pairs = [], []
+    for k in (4, 16):
+        variants += [Variant(f"{n} K={k}", replace(RUNS[n], updates_per_refresh=k)) for n in ("grpo", "grpo2", "tic_grpo")]
+        pairs += [(f"{a} K={k}", f"{b} K={k}") for a, b in (("grpo2", "grpo"), ("tic_grpo", "grpo2"))]
+    return Experiment("replication", tuple(variants), tuple(pairs), first_seed=1000)
 
 
 def factorial(k: int) -> Experiment:
@@ -139,20 +149,6 @@ def group_size() -> Experiment:
     return Experiment("group_size", tuple(variants), tuple(pairs))
 
 
-def clip_range() -> Experiment:
-    """(f) Clip ranges, K = 8."""
-    variants, pairs = [], []
-    for name in ("tic_grpo", "grpo2", "traj_is", "grpo", "gspo"):
-        run = replace(RUNS[name], updates_per_refresh=8, eps_low=0.2)  # GSPO's own is 3e-4
-        variants += [Variant(f"{name} high={high}", replace(run, eps_high=high)) for high in (0.1, 0.28, 1.0, float("inf"))]
-        pairs += [(f"{name} high={high}", f"{name} high=0.28") for high in (0.1, 1.0, float("inf"))]
-    for name in ("traj_is", "grpo"):
-        run = replace(RUNS[name], updates_per_refresh=8, eps_high=0.28)
-        variants += [Variant(f"{name} low={low}", replace(run, eps_low=low)) for low in (0.0, 0.2, 1.0)]
-        pairs += [(f"{name} low={low}", f"{name} low=0.2") for low in (0.0, 1.0)]
-    return Experiment("clip_range", tuple(variants), tuple(pairs))
-
-
 def all_experiments() -> dict[str, Experiment]:
     """By name, in the order of the report."""
     made = (
@@ -164,6 +160,6 @@ def all_experiments() -> dict[str, Experiment]:
         length_variance(),
         uncontrolled_ratio(),
         group_size(),
-        clip_range(),
+        replication(),
     )
     return {experiment.name: experiment for experiment in made}

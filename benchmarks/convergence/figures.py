@@ -31,6 +31,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 3.0,  # long enough to tell dashes
 }
 
 
@@ -70,74 +71,85 @@ def hierarchy(results: Results, updates: int) -> plt.Figure:
 
 
 def staleness(results: Results, updates: int) -> plt.Figure:
-    figure, (speed, square, cosine, efficiency) = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    figure, ((speed, final), (cosine, efficiency)) = plt.subplots(2, 2, figsize=(9.5, 7.2), layout="constrained")
     ks, rows = (1, 2, 4, 8, 16), results["staleness"]["rows"]
     for name in ("grpo", "traj_is", "no_is", "grpo2", "tic_grpo"):
         style = {"color": COLOURS[name], "label": name}
         band(speed, list(ks), [rows[f"{name} K={k}"]["best"]["speed"] for k in ks], **style)
-        band(square, list(ks), [rows[f"{name} K={k}"]["best"]["gain"] for k in ks], **style)
-    speed.set(title="speed, at the best step size", xlabel="K")
-    square.set(title="final gain, at the best step size", xlabel="K")
+        band(final, list(ks), [rows[f"{name} K={k}"]["best"]["gain"] for k in ks], **style)
+    speed.set(title="speed, at the best step size", xlabel="K (updates per refresh of pi_old)")
+    final.set(title="final gain, at the best step size", xlabel="K (updates per refresh of pi_old)")
     log2_axis(speed, ks)
-    log2_axis(square, ks)
+    log2_axis(final, ks)
     speed.legend()
-    found = results["estimators"]["rows"]
+    bias_and_noise(results["estimators"]["rows"], cosine, efficiency)
+    return figure
+
+
+def bias_and_noise(found: list[dict], cosine: Axes, efficiency: Axes) -> None:
     for name in dict.fromkeys(row["objective"] for row in found):
         mine = [row for row in found if row["objective"] == name]
         base, open_ended = name.split(",")[0], "," in name
         style = {"color": COLOURS[base], "linestyle": "--" if open_ended else "-", "label": name, "marker": "o", "markersize": 3}
         since = [row["updates_since_old"] for row in mine]
-        cosine.plot(since, [row["cosine"] for row in mine], **style)
+        cosine.plot(since, [min(row["cosine"], 1.0) for row in mine], **style)  # Monte Carlo leaves up to 1.02
         efficiency.plot(since, [row["efficiency"] for row in mine], **style)
-    cosine.set(title="cosine of E[g] with ∇J(θ)", xlabel="updates since pi_old")
-    efficiency.set(title="efficiency of one mini-batch", xlabel="updates since pi_old")
-    efficiency.set_ylim(bottom=0)
-    efficiency.legend(fontsize=7)
-    return figure
+    cosine.set(title="bias: cosine of E[g] with ∇J(θ)", xlabel="updates since pi_old", ylim=(0, 1.05), xticks=since)
+    efficiency.set(
+        title="bias and noise: efficiency of one mini-batch", xlabel="updates since pi_old", ylim=(0, None), xticks=since
+    )
+    cosine.legend(fontsize=7, ncol=2)
 
 
 def ablations(results: Results, updates: int) -> plt.Figure:
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    variance, uncontrolled, groups, clips = axes
-    rows = results["length_variance"]["rows"]
-    for name in ("grpo", "dapo", "gspo"):
-        for kind, line in (("long_answers", "-"), ("independent", ":")):
-            labels = [f"{name} equal", *(f"{name} {kind} +-{spread}" for spread in (6, 12, 18))]
-            style = {"color": COLOURS[name], "linestyle": line, "label": f"{name}, {kind.replace('_', ' ')}"}
-            band(variance, [0, 6, 12, 18], [rows[label]["best"]["speed"] for label in labels], **style)
-    level = rows["tic_grpo equal"]["best"]["speed"][0]
-    variance.axhline(level, color=COLOURS["tic_grpo"], label="tic_grpo (does not change)")
-    variance.set(title="speed against the spread of lengths", xlabel="T_i = 30 ± ...")
-    rows = results["uncontrolled_ratio"]["rows"]
-    lines = {"two-sided": "-", "two-sided, no lower bound": "--", "up-only": "-.", "none": ":"}
-    for word, colour in (("token", COLOURS["grpo2"]), ("trajectory", COLOURS["tic_grpo"])):
-        for clip, line in lines.items():
-            points = rows[f"{word}: {clip}"]["points"]
-            style = {"color": colour, "linestyle": line, "label": f"{word}: {clip}"}
-            band(uncontrolled, [p["step"] for p in points], [p["speed"] for p in points], **style)
-    uncontrolled.set(title="speed by clip, K = 16", xlabel="step size x mean token weight")
-    log2_axis(uncontrolled)
+    figure, ((variance, uncontrolled), (groups, longest)) = plt.subplots(2, 2, figsize=(9.5, 7.2), layout="constrained")
+    length_spread(results["length_variance"]["rows"], variance)
+    clip_sides(results["uncontrolled_ratio"]["rows"], uncontrolled)
     sizes, rows = (2, 4, 8, 16, 32), results["group_size"]["rows"]
     for baseline, colour in (("group", "#D55E00"), ("leave_one_out", "#0072B2"), ("running", "#009E73"), ("value", "#000000")):
         intervals = [rows[f"{baseline} G={g}"]["best"]["speed"] for g in sizes]
         band(groups, list(sizes), intervals, color=colour, label=baseline.replace("_", " "))
-    groups.set(title="speed against G, 32 responses per update", xlabel="G")
+    groups.set(title="speed and group size, 32 responses per update", xlabel="G")
     log2_axis(groups, sizes)
-    highs, rows = ("0.1", "0.28", "1.0", "inf"), results["clip_range"]["rows"]
-    for name in ("grpo", "traj_is", "gspo", "grpo2", "tic_grpo"):
-        intervals = [rows[f"{name} high={high}"]["best"]["speed"] for high in highs]
-        band(clips, list(range(len(highs))), intervals, color=COLOURS[name], label=name)
-    clips.set(title="speed against eps_high, K = 8", xlabel="eps_high")
-    clips.set_xticks(range(len(highs)), highs)
-    for one in axes:
-        one.legend(fontsize=6.5)
+    positions, rows = (6, 12, 24), results["response_length"]["rows"]
+    for name in ("grpo", "grpo2", "tic_grpo"):
+        intervals = [rows[f"{name} T={t}"]["best"]["speed"] for t in positions]
+        band(longest, list(positions), intervals, color=COLOURS[name], label=name)
+    longest.set(title="speed and the longest response, K = 8", xlabel="T")
+    log2_axis(longest, positions)
+    for axes in (variance, uncontrolled, groups, longest):
+        axes.legend(fontsize=7, ncol=2, loc="upper right")
     return figure
+
+
+def length_spread(rows: dict, axes: Axes) -> None:
+    for name in ("grpo", "dapo", "gspo"):
+        labels = [f"{name} equal", *(f"{name} long_answers +-{spread}" for spread in (6, 12, 18))]
+        best = [max((p["speed"] for p in rows[label]["points"]), key=lambda interval: interval[0]) for label in labels]
+        band(axes, [0, 6, 12, 18], best, color=COLOURS[name], label=name)  # in hindsight: one choice went wrong, see the page
+    level = rows["tic_grpo equal"]["best"]["speed"][0]
+    axes.axhline(level, color=COLOURS["tic_grpo"], label="tic_grpo: the same at every spread")
+    axes.set(
+        title="speed and the spread of lengths", xlabel="T_i between 30 - x and 30 + x", xticks=[0, 6, 12, 18], ylim=(0.55, 0.85)
+    )
+
+
+def clip_sides(rows: dict, axes: Axes) -> None:
+    lines = {"two-sided": "-", "two-sided, no lower bound": "--", "up-only": "-.", "none": ":"}
+    for word, colour in (("token", COLOURS["grpo2"]), ("trajectory", COLOURS["tic_grpo"])):
+        for clip, line in lines.items():
+            points = rows[f"{word}: {clip}"]["points"]
+            style = {"color": colour, "linestyle": line, "label": f"{word}: {clip.removeprefix('two-sided, ')}"}
+            band(axes, [p["step"] for p in points], [p["speed"] for p in points], **style)
+    axes.set(title="speed and the sides of the clip, K = 16", xlabel="step size x mean token weight")
+    axes.set_ylim(0.2, 1.0)  # room for the legend
+    log2_axis(axes)
 
 
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[[Results, int], plt.Figure]]] = {
     "hierarchy": (("hierarchy",), hierarchy),
     "staleness": (("staleness", "estimators"), staleness),
-    "ablations": (("length_variance", "uncontrolled_ratio", "group_size", "clip_range"), ablations),
+    "ablations": (("length_variance", "uncontrolled_ratio", "group_size", "response_length"), ablations),
 }
 """By name: the experiments needed, and the figure."""
 

@@ -1,7 +1,7 @@
 """Run the study and write its numbers: `python -m benchmarks.convergence.study --out benchmarks/convergence/results.json`.
 
 Every configuration is run on the same tasks with the same random numbers, so differences are paired by seed. "At its best step
-size" is cross-fitted: a seed is reported at the step size that was best on the seeds of the other folds.
+size": the one that was best on tasks of their own, which are not reported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from benchmarks.convergence.estimators import estimator_quality
 from benchmarks.convergence.experiments import MATCHED, Experiment, Variant, all_experiments
 from benchmarks.convergence.length_bias import length_bias
 
-SEEDS, UPDATES, FOLDS = 160, 192, 4
+SEEDS, TUNING_SEEDS, UPDATES = 160, 80, 192
 CURVE_POINTS = 25
 METRICS = ("speed", "gain", "stationarity")
 DETAILS = ("length_std", "largest", "peak", "uncontrolled", "capped")
@@ -37,10 +36,11 @@ end, `speed` the mean of that share over the run, `curve` [S, CURVE_POINTS] its 
 
 
 class Laboratory:
-    """Tasks by length, reference returns, and a cache of runs."""
+    """Tasks by length, reference returns, a cache of runs. The first `tuning_seeds` tasks choose step sizes, the others count."""
 
-    def __init__(self, seeds: int, updates: int):
-        self.seeds, self.updates = seeds, updates
+    def __init__(self, seeds: int, tuning_seeds: int, updates: int, first_seed: int = 0):
+        """`first_seed`: another number gives other tasks and other random numbers."""
+        self.seeds, self.tuning_seeds, self.updates, self.first_seed = seeds, tuning_seeds, updates, first_seed
         self.tasks: dict[int, tuple[Task, Tensor]] = {}
         self.outcomes: dict[tuple[Run, int], Outcome] = {}
         self.weights: dict[tuple[Run, int], float] = {}
@@ -48,7 +48,8 @@ class Laboratory:
     def task(self, positions: int) -> tuple[Task, Tensor]:
         """(task, the return [S] that exact gradient ascent reaches)."""
         if positions not in self.tasks:
-            task = make_task(self.seeds, positions=positions, generator=torch.Generator().manual_seed(positions))
+            generator = torch.Generator().manual_seed(self.first_seed + positions)
+            task = make_task(self.tuning_seeds + self.seeds, positions=positions, generator=generator)
             self.tasks[positions] = task, exact_ascent(task)
         return self.tasks[positions]
 
@@ -62,22 +63,20 @@ class Laboratory:
         return self.weights[key]
 
     def outcome(self, variant: Variant, step_size: float) -> Outcome:
+        """On the tasks that count."""
+        return {name: values[self.tuning_seeds :] for name, values in self._run(variant, step_size).items()}
+
+    def best(self, variant: Variant, sizes: list[float]) -> float:
+        """The step size with the greatest mean speed on the tuning tasks."""
+        return max(sizes, key=lambda size: self._run(variant, size)["speed"][: self.tuning_seeds].mean().item())
+
+    def _run(self, variant: Variant, step_size: float) -> Outcome:
         run = replace(variant.run, step_size=step_size, updates=self.updates)
         if (run, variant.positions) not in self.outcomes:
             task, reachable = self.task(variant.positions)
-            trace = ascend(run, task, torch.Generator().manual_seed(1))
+            trace = ascend(run, task, torch.Generator().manual_seed(self.first_seed + 1))
             self.outcomes[run, variant.positions] = summarise(trace, reachable)
         return self.outcomes[run, variant.positions]
-
-    def best(self, variant: Variant, sizes: list[float]) -> tuple[Outcome, list[int]]:
-        """Every seed at the step size with the greatest speed on the other folds, and the index [FOLDS] of each fold's choice."""
-        outcomes = [self.outcome(variant, size) for size in sizes]
-        speeds = torch.stack([outcome["speed"] for outcome in outcomes])
-        fold = torch.arange(self.seeds) % FOLDS
-        chosen = [int(speeds[:, fold != f].mean(dim=1).argmax()) for f in range(FOLDS)]
-        index = torch.tensor(chosen)[fold]
-        seed = torch.arange(self.seeds)
-        return {name: torch.stack([outcome[name] for outcome in outcomes])[index, seed] for name in outcomes[0]}, chosen
 
 
 def exact_ascent(task: Task, updates: int = 600, step: float = 20.0) -> Tensor:
@@ -147,17 +146,18 @@ def measure(laboratory: Laboratory, experiment: Experiment) -> dict[str, object]
     for variant in experiment.variants:
         weight = laboratory.weight(variant)
         sizes = [step / weight for step in experiment.steps]
-        best, chosen = laboratory.best(variant, sizes)
+        size = laboratory.best(variant, sizes)
+        best, best_step = laboratory.outcome(variant, size), size * weight
         raw = [step * variant.positions for step in experiment.raw_steps]
         rows[variant.label] = {
-            "best_steps": dict(Counter(experiment.steps[i] for i in chosen)),
+            "best_step": short(best_step),
             "best": row(best),
             "points": [point(size * weight, size, laboratory.outcome(variant, size)) for size in sorted(sizes + raw)],
         }
         outcomes[variant.label] = {"best": best, "matched": laboratory.outcome(variant, MATCHED / weight)}
         for size in raw:
             outcomes[variant.label][f"step size {size / variant.positions:g} T"] = laboratory.outcome(variant, size)
-        print(experiment.name, variant.label, rows[variant.label]["best_steps"], interval(best["speed"]), flush=True)
+        print(experiment.name, variant.label, rows[variant.label]["best_step"], interval(best["speed"]), flush=True)
     found = [
         {"a": a, "b": b, "at": mode, **intervals(outcomes[a][mode], outcomes[b][mode])}
         for a, b in experiment.pairs
@@ -173,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of experiments, all by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    laboratory = Laboratory(12, 9) if options.quick else Laboratory(SEEDS, UPDATES)
+    size = (8, 4, 9) if options.quick else (SEEDS, TUNING_SEEDS, UPDATES)
+    laboratory = Laboratory(*size)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     experiments = all_experiments()
     for name in options.only or ["estimators", "length_bias", *experiments]:
@@ -184,9 +185,14 @@ def main(arguments: list[str] | None = None) -> None:
             results[name] = length_bias(*laboratory.task(12), updates=20 if options.quick else 800)
         else:
             experiment = experiments[name]
-            results[name] = measure(laboratory, replace(experiment, steps=experiment.steps[:2]) if options.quick else experiment)
+            where = Laboratory(*size, experiment.first_seed) if experiment.first_seed else laboratory
+            results[name] = measure(where, replace(experiment, steps=experiment.steps[:2]) if options.quick else experiment)
         results[name]["cpu_seconds"] = round(time.process_time() - begun, 1)
-        results["settings"] = {"seeds": laboratory.seeds, "updates": laboratory.updates}
+        results["settings"] = {
+            "seeds": laboratory.seeds,
+            "tuning_seeds": laboratory.tuning_seeds,
+            "updates": laboratory.updates,
+        }
         options.out.write_text(json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
 
 

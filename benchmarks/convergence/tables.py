@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 Results = dict[str, dict]
+METRICS = {"speed": "speed", "gain": "final gain", "stationarity": "mean ‖∇J‖² x 1000"}
+SCALES = {"stationarity": (1e3, 2)}
+MODES = {"best": "best step", "matched": "step 8"}
+"""`step`, as in the tables, is the size of an update: step size x mean token weight."""
 
 
 def plus_minus(interval: list[float], scale: float = 1.0, digits: int = 3) -> str:
@@ -23,11 +27,6 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def steps(row: dict) -> str:
-    """The step sizes that the folds chose."""
-    return ", ".join(f"{float(step):g}" for step in sorted(row["best_steps"], key=float))
-
-
 def at_step(row: dict, step: float) -> dict:
     """The point of a row at a matched step size."""
     return min(row["points"], key=lambda point: abs(point["step"] - step))
@@ -38,7 +37,7 @@ def rows_at_best(results: dict, code: bool = True) -> str:
         best, half = row["best"], row["best"]["updates_to_half"]
         return [
             f"`{label}`" if code else label,
-            steps(row),
+            f"{row['best_step']:g}",
             plus_minus(best["speed"]),
             plus_minus(best["gain"]),
             "never" if half is None else f"{half:.0f}",
@@ -60,24 +59,19 @@ def rows_at_best(results: dict, code: bool = True) -> str:
     return markdown(header, (line(*item) for item in results["rows"].items()))
 
 
-def differences(results: dict, modes: tuple[str, ...] | None = None) -> str:
-    rows = [
-        [
-            f"{d['a']} - {d['b']}",
-            d["at"],
-            difference(d["speed"]),
-            difference(d["gain"]),
-            difference(d["stationarity"], 1e3, 2),
-        ]
-        for d in results["differences"]
-        if modes is None or d["at"] in modes
-    ]
-    return markdown(("difference", "at", "speed", "final gain", "mean ‖∇J‖² x 1000"), rows)
+def differences(results: dict) -> str:
+    """A line per pair: speed at every choice of the step sizes, and the other metrics at two of them."""
+    modes = list(dict.fromkeys(d["at"] for d in results["differences"]))
+    squares = [("best", "stationarity"), ("matched", "stationarity")]
+    columns = [("best", "speed"), ("best", "gain"), *((m, "speed") for m in modes if m != "best"), *squares]
+    pairs = dict.fromkeys((d["a"], d["b"]) for d in results["differences"])
+    rows = [[f"{a} - {b}", *(pair(results, a, b, mode, metric) for mode, metric in columns)] for a, b in pairs]
+    return markdown(("", *(f"{METRICS[metric]}, {MODES.get(mode, mode)}" for mode, metric in columns)), rows)
 
 
 def pair(results: dict, a: str, b: str, mode: str = "best", metric: str = "speed") -> str:
     found = next(d for d in results["differences"] if (d["a"], d["b"], d["at"]) == (a, b, mode))
-    return difference(found[metric])
+    return difference(found[metric], *SCALES.get(metric, ()))
 
 
 def staleness(results: dict) -> str:
@@ -91,15 +85,6 @@ def staleness(results: dict) -> str:
     return markdown(("speed", *(f"K = {k}" for k in ks)), rows)
 
 
-def staleness_stationarity(results: dict) -> str:
-    ks = (1, 2, 4, 8, 16)
-    rows = [
-        [f"`{n}`", *(plus_minus(at_step(results["rows"][f"{n} K={k}"], 8.0)["stationarity"], 1e3, 2) for k in ks)]
-        for n in ("grpo", "traj_is", "no_is", "grpo2", "tic_grpo")
-    ]
-    return markdown(("mean ‖∇J‖² x 1000, step 8", *(f"K = {k}" for k in ks)), rows)
-
-
 def estimators(results: dict) -> str:
     rows, since = results["rows"], sorted({row["updates_since_old"] for row in results["rows"]})
     names = list(dict.fromkeys(row["objective"] for row in rows))
@@ -111,16 +96,6 @@ def estimators(results: dict) -> str:
 
     lines = [[f"`{name}`" if "," not in name else name, *(cell(name, k) for k in since)] for name in names]
     return markdown(("cosine with ∇J(θ) / with ∇J(θ_old) / efficiency", *(f"{k} updates since" for k in since)), lines)
-
-
-def factorial(results: Results) -> str:
-    """Both K side by side, at the best step."""
-    four, sixteen = results["factorial_k4"], results["factorial_k16"]
-    rows = [
-        [label, *(plus_minus(part["rows"][label]["best"][metric]) for part in (four, sixteen) for metric in ("speed", "gain"))]
-        for label in four["rows"]
-    ]
-    return markdown(("ratio, clip, weight", "K = 4: speed", "final gain", "K = 16: speed", "final gain"), rows)
 
 
 def factorial_effects(results: Results) -> str:
@@ -151,13 +126,10 @@ def lengths(results: dict) -> str:
     """Spread x objective: difference from equal lengths, at the best step and at the matched one."""
     words = [f"{kind} +-{spread}" for kind in ("independent", "long_answers") for spread in (6, 12, 18)]
     rows = []
-    for mode, metric in (("best", "speed"), ("best", "gain"), ("matched", "speed"), ("matched", "stationarity")):
-        scale, digits = (1e3, 2) if metric == "stationarity" else (1.0, 3)
+    for mode, metric in (("best", "speed"), ("matched", "stationarity")):
         for word in words:
-            found = {d["a"]: d for d in results["differences"] if d["at"] == mode}
-            cells = [difference(found[f"{n} {word}"][metric], scale, digits) for n in ("grpo", "dapo", "gspo")]
-            what = "mean ‖∇J‖² x 1000" if metric == "stationarity" else {"speed": "speed", "gain": "final gain"}[metric]
-            rows.append([f"{what}, {mode} step", word.replace("_", " ").replace("+-", "± "), *cells])
+            cells = [pair(results, f"{n} {word}", f"{n} equal", mode, metric) for n in ("grpo", "dapo", "gspo")]
+            rows.append([f"{METRICS[metric]}, {MODES[mode]}", word.replace("_", " ").replace("+-", "± "), *cells])
     return markdown(("minus its value at equal lengths", "T_i", "`grpo`", "`dapo`", "`gspo`"), rows)
 
 
@@ -199,34 +171,18 @@ def lengths_of_responses(results: dict) -> str:
     return markdown(("speed", *(f"T = {t}" for t in sizes)), rows)
 
 
-def clips(results: dict) -> str:
-    rows = [
-        [
-            label,
-            steps(row),
-            plus_minus(row["best"]["speed"]),
-            plus_minus(row["best"]["gain"]),
-            f"{100 * row['best']['capped']:.1f}",
-        ]
-        for label, row in results["rows"].items()
-    ]
-    return markdown(("", "step", "speed", "final gain", "above cap, A > 0, %"), rows)
-
-
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     "hierarchy": (("hierarchy",), lambda r: rows_at_best(r["hierarchy"])),
     "hierarchy differences": (("hierarchy",), lambda r: differences(r["hierarchy"])),
+    "replication": (("replication",), lambda r: differences(r["replication"])),
     "estimators": (("estimators",), lambda r: estimators(r["estimators"])),
-    "factorial": (("factorial_k4", "factorial_k16"), factorial),
     "factorial effects": (("factorial_k4", "factorial_k16"), factorial_effects),
     "staleness": (("staleness",), lambda r: staleness(r["staleness"])),
-    "staleness stationarity": (("staleness",), lambda r: staleness_stationarity(r["staleness"])),
     "response_length": (("response_length",), lambda r: lengths_of_responses(r["response_length"])),
     "length_bias": (("length_bias",), lambda r: length_bias(r["length_bias"])),
     "length_variance": (("length_variance",), lambda r: lengths(r["length_variance"])),
     "uncontrolled_ratio": (("uncontrolled_ratio",), lambda r: uncontrolled(r["uncontrolled_ratio"])),
-    "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"], ("best",))),
+    "uncontrolled_ratio differences": (("uncontrolled_ratio",), lambda r: differences(r["uncontrolled_ratio"])),
     "group_size": (("group_size",), lambda r: groups(r["group_size"])),
-    "clip_range": (("clip_range",), lambda r: clips(r["clip_range"])),
 }
 """By name: the experiments needed, and the table."""
