@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ray
@@ -28,7 +28,12 @@ class WorkerPool:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all workers; their results in order. Raises WorkerError."""
-        return self._wait(method, [getattr(worker, method).remote(*arguments) for worker in self.workers])
+        return self.start(method, *arguments)()
+
+    def start(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
+        """Call a method of all workers without waiting; the function returned waits for their results, like `call`."""
+        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
+        return lambda: self._wait(method, calls)
 
     def call_each(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         """Call a method of the first workers, each with its own arguments. Raises WorkerError."""

@@ -123,7 +123,7 @@ def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, 
     sent: dict = {}
     for index in range(exporter.begin()):
         if exporter.export(index) is not None:
-            sent |= {t.name: exporter.buffer.view(t).clone() for t in exporter.plan[index].layout.tensors}
+            sent |= {t.name: exporter.buffer.view(t, index % 2).clone() for t in exporter.plan[index].layout.tensors}
     n_bytes = [b.layout.nbytes for b in exporter.plan]
     written = exporter.save(Path(folder))
     exporter.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ class ActorGroup:
         """Start reading the weights out; returns the number of buckets."""
         return self.pool.call("begin_export")[0]
 
-    def export_bucket(self, index: int) -> list[dict[str, Any] | None]:
-        """Assemble one bucket; each rank's payload."""
-        return self.pool.call("export_bucket", index)
+    def export_bucket(self, index: int) -> Callable[[], list[dict[str, Any] | None]]:
+        """Begin to assemble one bucket; the function returned waits for it and gives each rank's payload."""
+        return self.pool.start("export_bucket", index)
 
     def release_optimizer(self) -> None:
         """Leave colocated GPUs to the engines, but for the parameters, which are to be sent. (Nothing happens on CPUs.)"""

@@ -9,19 +9,22 @@ from torch import Tensor
 
 from tic_megatron.weights.wire import BucketLayout, SharedMemoryBuffer, WireTensor
 
+N_SLOTS = 2
+"""Buckets that exist at the same time: one is assembled while the engines load the other."""
+
 
 class SendBuffer(Protocol):
-    """Room for one bucket; refilled for every bucket of every update."""
+    """Room for the buckets of an update, which take turns in its slots."""
 
     def begin_update(self) -> None:
         """Once per update, before the first bucket."""
         ...
 
-    def view(self, tensor: WireTensor) -> Tensor:
+    def view(self, tensor: WireTensor, slot: int) -> Tensor:
         """Where the tensor's values go."""
         ...
 
-    def payload(self, layout: BucketLayout) -> dict[str, Any]:
+    def payload(self, layout: BucketLayout, slot: int) -> dict[str, Any]:
         """What tells the receivers where the filled bucket lies."""
         ...
 
@@ -34,22 +37,23 @@ class SharedMemorySendBuffer:
     """Shared memory of the machine, for CPU engines (backend `shared_memory`)."""
 
     def __init__(self, nbytes: int):
-        self._buffer = SharedMemoryBuffer.create(nbytes)
+        self._buffers = [SharedMemoryBuffer.create(nbytes) for _ in range(N_SLOTS)]  # pages are taken when first written
 
     def begin_update(self) -> None:
         """Nothing to do."""
 
-    def view(self, tensor: WireTensor) -> Tensor:
+    def view(self, tensor: WireTensor, slot: int) -> Tensor:
         """A view of the shared bytes."""
-        return self._buffer.as_tensor(tensor)
+        return self._buffers[slot].as_tensor(tensor)
 
-    def payload(self, layout: BucketLayout) -> dict[str, Any]:
+    def payload(self, layout: BucketLayout, slot: int) -> dict[str, Any]:
         """The bucket in the project's wire format."""
-        return layout.bucket(self._buffer.handle).to_payload()
+        return layout.bucket(self._buffers[slot].handle).to_payload()
 
     def close(self) -> None:
         """Give the shared memory up."""
-        self._buffer.close()
+        for buffer in self._buffers:
+            buffer.close()
 
 
 class CudaIpcSendBuffer:
@@ -59,41 +63,42 @@ class CudaIpcSendBuffer:
     """
 
     def __init__(self, nbytes: int):
-        self._flat = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        self._flats = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(N_SLOTS)]
         self._uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        self._handle: tuple | None = None
+        self._handles: dict[int, tuple] = {}
 
-    @property
-    def flat(self) -> Tensor:
-        """All bytes, uint8."""
-        return self._flat
+    def flat(self, slot: int) -> Tensor:
+        """All bytes of a slot, uint8."""
+        return self._flats[slot]
 
     def begin_update(self) -> None:
         """Export the memory anew: the receiver opens and releases one export per update, which keeps torch's count right."""
+        self._handles = {}
+
+    def view(self, tensor: WireTensor, slot: int) -> Tensor:
+        """A view of the GPU's bytes."""
+        return tensor.view(self._flats[slot])
+
+    def payload(self, layout: BucketLayout, slot: int) -> dict[str, Any]:
+        """vLLM's packed `ipc` update: tensors back to back, each with its size in bytes."""
         from torch.multiprocessing.reductions import reduce_tensor
 
-        self._handle = reduce_tensor(self._flat)[1]
-
-    def view(self, tensor: WireTensor) -> Tensor:
-        """A view of the GPU's bytes."""
-        return tensor.view(self._flat)
-
-    def payload(self, layout: BucketLayout) -> dict[str, Any]:
-        """vLLM's packed `ipc` update: tensors back to back, each with its size in bytes."""
         for before, after in zip(layout.tensors, layout.tensors[1:], strict=False):
             assert before.offset + before.nbytes == after.offset, f"a gap between {before.name} and {after.name}"
         torch.cuda.current_stream().synchronize()  # the copies must be done before another process reads
+        if slot not in self._handles:
+            self._handles[slot] = reduce_tensor(self._flats[slot])[1]
         return {
             "names": [t.name for t in layout.tensors],
             "dtype_names": [t.dtype for t in layout.tensors],
             "shapes": [list(t.shape) for t in layout.tensors],
             "tensor_sizes": [t.nbytes for t in layout.tensors],
-            "ipc_handles": {self._uuid: self._handle},
+            "ipc_handles": {self._uuid: self._handles[slot]},
         }
 
     def close(self) -> None:
         """Free the memory."""
-        self._flat, self._handle = None, None
+        self._flats, self._handles = [], {}
         torch.cuda.ipc_collect()
 
 
@@ -107,7 +112,7 @@ def merge_payloads(payloads: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def send_weights(actors, engines, *, version: int) -> None:
-    """Bring the actors' weights to every engine, bucket by bucket, as `version`.
+    """Bring the actors' weights to every engine as `version`, by buckets, of which one is assembled while another is loaded.
 
     Args:
         actors: `tic_megatron.actors.group.ActorGroup`.
@@ -115,6 +120,12 @@ def send_weights(actors, engines, *, version: int) -> None:
         version: recorded with every trajectory that these weights will make.
     """
     engines.start_weight_update()
-    for bucket in range(actors.begin_export()):
-        engines.update_weights(merge_payloads(actors.export_bucket(bucket)))
+    n_buckets = actors.begin_export()
+    assembled = actors.export_bucket(0)
+    for bucket in range(n_buckets):
+        payload = merge_payloads(assembled())
+        if bucket + 1 < n_buckets:
+            # Into the other slot, whose bucket the engines have loaded before this one.
+            assembled = actors.export_bucket(bucket + 1)
+        engines.update_weights(payload)
     engines.finish_weight_update(version)

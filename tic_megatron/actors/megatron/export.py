@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from tic_megatron.actors.megatron.parameters import LocalWeights
 from tic_megatron.weights.names import Weight
 from tic_megatron.weights.plan import ExportBucket, ExportLayout, plan_export
-from tic_megatron.weights.sending import CudaIpcSendBuffer, SendBuffer, SharedMemorySendBuffer
+from tic_megatron.weights.sending import N_SLOTS, CudaIpcSendBuffer, SendBuffer, SharedMemorySendBuffer
 from tic_megatron.weights.wire import WireTensor
 
 SAFETENSORS_BYTES = 4 * 2**30
@@ -53,17 +54,17 @@ class WeightExporter:
 
     def export(self, index: int) -> dict[str, Any] | None:
         """Assemble a bucket; what the engines need to reach it, from the ranks that hold it."""
-        bucket = self.plan[index]
+        bucket, slot = self.plan[index], index % N_SLOTS
         if self.device.type == "cuda":
-            self._assemble_everywhere(bucket)
-            return self.buffer.payload(bucket.layout)
+            self._assemble_everywhere(bucket, slot)
+            return self.buffer.payload(bucket.layout, slot)
         if not self._takes_part(bucket):
             return None
         if self.buffer is None:
             self._gather(bucket, place=None)
             return None
-        self._gather(bucket, self.buffer.view)
-        return self.buffer.payload(bucket.layout)
+        self._gather(bucket, partial(self.buffer.view, slot=slot))
+        return self.buffer.payload(bucket.layout, slot)
 
     def save(self, directory: Path) -> dict[str, str]:
         """Write this rank's buckets as safetensors files; returns their `{tensor name: file name}`."""
@@ -106,19 +107,27 @@ class WeightExporter:
 
     def _gather(self, bucket: ExportBucket, place: Callable[[WireTensor], Tensor] | None) -> None:
         """Bring a bucket's slices to the first rank of its group, in one collective, and put them in their places there."""
-        group, flat = _group(bucket), self._local_slices(bucket)
+        group = _group(bucket)
+        if group.size() == 1:
+            self._place_own(bucket, place)
+            return
+        flat = self._local_slices(bucket)
         gathered = [torch.empty_like(flat) for _ in range(group.size())] if group.rank() == 0 else None
         dist.gather(flat, gathered, group=group, group_dst=0)
         if gathered is not None:
             _place(bucket, gathered, place)
 
-    def _assemble_everywhere(self, bucket: ExportBucket) -> None:
-        flat = self.buffer.flat[: bucket.layout.nbytes]
+    def _assemble_everywhere(self, bucket: ExportBucket, slot: int) -> None:
+        flat = self.buffer.flat(slot)[: bucket.layout.nbytes]
         if bucket.stage == self.stage:
-            local = self._local_slices(bucket)
-            gathered = local.new_empty((_group(bucket).size(), local.numel()))
-            dist.all_gather_into_tensor(gathered, local, group=_group(bucket))
-            _place(bucket, list(gathered), self.buffer.view)
+            place = partial(self.buffer.view, slot=slot)
+            if _group(bucket).size() == 1:
+                self._place_own(bucket, place)
+            else:
+                local = self._local_slices(bucket)
+                gathered = local.new_empty((_group(bucket).size(), local.numel()))
+                dist.all_gather_into_tensor(gathered, local, group=_group(bucket))
+                _place(bucket, list(gathered), place)
         if self.layout.n_stages > 1:
             dist.broadcast(flat, group=parallel_state.get_pipeline_model_parallel_group(), group_src=bucket.stage)
 
@@ -127,6 +136,12 @@ class WeightExporter:
         if not bucket.owners:
             return list(bucket.weights)
         return [w for w, owner in zip(bucket.weights, bucket.owners, strict=True) if owner == self.expert_rank]
+
+    def _place_own(self, bucket: ExportBucket, place: Callable[[WireTensor], Tensor]) -> None:
+        """Where one rank has whole tensors they go straight to their places."""
+        for weight, tensors in bucket.tensors():
+            for (_, wire_tensor), piece in zip(tensors, weight.split(self.parameters[id_of(weight)]), strict=True):
+                place(wire_tensor).copy_(piece.detach())
 
     def _local_slices(self, bucket: ExportBucket) -> Tensor:
         slices = [s.detach() for weight in self._own(bucket) for s in weight.split(self.parameters[id_of(weight)])]
