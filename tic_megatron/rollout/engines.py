@@ -41,6 +41,7 @@ class EngineGroup:
         device: str,
         log_dir: str | Path,
         gpu_ids: Sequence[Sequence[int]] | None = None,
+        worker: type[EngineWorker] = EngineWorker,
     ) -> EngineGroup:
         """Start `settings.rollout.engines` engines and return at once; `ready` waits for them.
 
@@ -48,6 +49,7 @@ class EngineGroup:
             device: `cpu` or `cuda`.
             log_dir: folder for `engine_<n>.log`.
             gpu_ids: per engine, the GPUs that it uses, in the order of its tensor-parallel ranks; for `cuda`.
+            worker: what an engine is made of.
         """
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         log_files = [str(Path(log_dir).absolute() / f"engine_{index}.log") for index in range(settings.rollout.engines)]
@@ -55,7 +57,7 @@ class EngineGroup:
         for index, log_file in enumerate(log_files):
             # No GPUs of Ray's: the engine shares those of its actors, which have them already.
             visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpu_ids[index]))} if gpu_ids else {}
-            actor = ray.remote(EngineWorker).options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": visible})
+            actor = ray.remote(worker).options(num_cpus=0, num_gpus=0, runtime_env={"env_vars": visible})
             workers.append(actor.remote(_options(settings, model_path, device, log_file)))
         pool = WorkerPool("engine", workers, log_files, timeout_s=settings.cluster.timeout_s)
         return cls(pool, tokenizer, tp_size=settings.rollout.tensor_parallel_size)

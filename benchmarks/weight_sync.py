@@ -1,0 +1,225 @@
+"""How long the weights take from the actors to an engine, against a copy in memory, sending by tensors, and vLLM's own reload.
+
+    python -m benchmarks.weight_sync --out benchmarks/weight_sync.json      # a table, and all figures
+    python -m benchmarks.weight_sync --json                                 # the three ratios of the first layout
+
+Everything is measured in one run, in turns, on a dense Qwen3 of about 200 million parameters in fp32, on CPU:
+
+- `copy`: one copy of the weights' bytes in memory;
+- `handover`: the actors gather every bucket into shared memory, and a process that does nothing with it is told where it lies;
+- `per_tensor`: the same with a bucket for every parameter;
+- `transfer`: the real thing, to a vLLM engine, until the weights are in use;
+- `reload`: vLLM loads the same tensors, which lie in its process already.
+
+Medians of `--rounds` rounds after two that are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tic_megatron.rollout.engine import EngineOptions, EngineWorker
+
+LAYOUTS = {"TP 1": {}, "TP 2": {"tensor_parallel_size": 2}, "PP 2": {"pipeline_parallel_size": 2}}
+WARM_UP = 2
+SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 13, "num_attention_heads": 16}
+VOCABULARY = 32768
+
+
+def make_model(directory: Path) -> int:
+    """A random model with the quickstart's tokenizer; its number of parameters."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from examples.quickstart.make_task import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        **SIZES,
+        vocab_size=VOCABULARY,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return sum(p.numel() for p in model.parameters())
+
+
+def settings_for(layout: dict[str, int], model: Path, bucket_mib: int) -> Any:
+    """One engine, and ranks in the layout."""
+    from tic_megatron.config import Settings
+
+    settings = Settings()
+    settings.model.path = str(model)
+    settings.cluster.device, settings.cluster.gpus_per_node = "cpu", max(layout.values(), default=1)
+    settings.rollout.max_prompt_tokens = settings.rollout.max_response_tokens = 64
+    settings.rollout.weight_bucket_mib, settings.rollout.precision = bucket_mib, "fp32"
+    settings.actor.optimizer, settings.actor.distributed_optimizer = "sgd", False
+    for name, size in layout.items():
+        setattr(settings.actor, name, size)
+    return settings
+
+
+def median_s(function: Callable[[], Any], rounds: int) -> float:
+    """Median of the seconds that a call takes, or says that it took."""
+    seconds = []
+    for _ in range(WARM_UP + rounds):
+        begun = time.perf_counter()
+        told = function()
+        seconds.append(told if isinstance(told, float) else time.perf_counter() - begun)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def hand_over(actors: Any, receiver: Any) -> None:
+    """What `send_weights` does, with nobody to load the buckets."""
+    import ray
+
+    from tic_megatron.weights.sending import merge_payloads
+
+    n_buckets = actors.begin_export()
+    assembled = actors.export_bucket(0)
+    for bucket in range(n_buckets):
+        payload = merge_payloads(assembled())
+        if bucket + 1 < n_buckets:
+            assembled = actors.export_bucket(bucket + 1)
+        ray.get(receiver.take.remote(payload))
+
+
+def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -> dict[str, float]:
+    """Seconds of every kind."""
+    import ray
+
+    from tic_megatron.actors.group import ActorGroup
+    from tic_megatron.cluster import start_cluster
+    from tic_megatron.rollout.engines import EngineGroup
+    from tic_megatron.weights.sending import send_weights
+
+    settings = settings_for(layout, model, bucket_mib)
+    single = settings_for(layout, model, 0)  # no bucket holds more than one parameter
+    with tempfile.TemporaryDirectory() as logs, start_cluster(settings) as cluster:
+        engines = EngineGroup.start(settings, model_path=str(model), device="cpu", log_dir=logs, worker=ReloadingEngine)
+        engines.ready()
+        engines.init_weight_transfer({})
+        receiver = ray.remote(num_cpus=0)(Receiver).remote(str(model))
+        seconds = {"copy": median_s(lambda: ray.get(receiver.copy.remote()), rounds)}
+        for name, chosen in (("per_tensor", single), ("handover", settings)):
+            actors = ActorGroup.start(chosen, cluster, log_dir=logs)
+            actors.setup(str(model))
+            seconds[name] = median_s(lambda actors=actors: hand_over(actors, receiver), rounds)
+            if name == "per_tensor":
+                actors.stop()
+        seconds["transfer"] = median_s(lambda: send_weights(actors, engines, version=1), rounds)
+        seconds["reload"] = median_s(lambda: engines.pool.call("reload")[0], rounds)
+        actors.stop()
+        engines.stop()
+    return seconds
+
+
+class Receiver:
+    """A process that hears of buckets and does nothing with them; and that copies weights of its own."""
+
+    def __init__(self, model: str):
+        import torch
+        from safetensors.torch import load_file
+
+        tensors = load_file(Path(model, "model.safetensors"))
+        self.weights = torch.cat([t.reshape(-1) for t in tensors.values()])
+        self.room = torch.empty_like(self.weights)
+
+    def take(self, payload: dict[str, Any]) -> None:
+        """A bucket is there."""
+
+    def copy(self) -> float:
+        """Seconds of one copy."""
+        begun = time.perf_counter()
+        self.room.copy_(self.weights)
+        return time.perf_counter() - begun
+
+
+class ReloadingEngine(EngineWorker):
+    """An engine that can load tensors which lie in its process."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        from safetensors.torch import load_file
+
+        self.tensors = load_file(Path(options.model_path, "model.safetensors"))
+
+    def reload(self) -> float:
+        """Seconds of vLLM's reload, the packing for its CPU kernels included."""
+        begun = time.perf_counter()
+        self._llm.collective_rpc(_reload, args=(self.tensors,))
+        return time.perf_counter() - begun
+
+
+def _reload(worker: Any, tensors: dict[str, Any]) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    from tic_megatron.weights.vllm_receiver import repack, tied_layers
+
+    model = worker.model_runner.model
+    initialize_layerwise_reload(model)
+    model.load_weights(iter(tensors.items()))
+    finalize_layerwise_reload(model, worker.model_config)
+    repack(model, tied_layers(model))
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """What does not depend on the machine's speed."""
+    return {
+        "handover_over_copy": round(seconds["handover"] / seconds["copy"], 3),
+        "per_tensor_over_handover": round(seconds["per_tensor"] / seconds["handover"], 3),
+        "transfer_over_reload": round(seconds["transfer"] / seconds["reload"], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the ratios of the first layout as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    parser.add_argument(
+        "--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="NAME", help="by default all"
+    )
+    parser.add_argument("--bucket-mib", type=int, default=256, help="largest bucket")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds that count")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        n_parameters = make_model(Path(folder))
+        for name in args.layouts[:1] if args.json else args.layouts:
+            seconds = measure(LAYOUTS[name], Path(folder), args.bucket_mib, args.rounds)
+            gigabytes = 4 * n_parameters / 1e9
+            results[name] = ratios(seconds) | {
+                "parameters": n_parameters,
+                "bucket_mib": args.bucket_mib,
+                "rounds": args.rounds,
+                "seconds": {kind: round(value, 4) for kind, value in seconds.items()},
+                "transfer_gigabytes_per_s": round(gigabytes / seconds["transfer"], 3),
+            }
+            if not args.json:
+                print(name, json.dumps(results[name]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        first = results[args.layouts[0]]
+        print(json.dumps({key: first[key] for key in ("handover_over_copy", "per_tensor_over_handover", "transfer_over_reload")}))
+
+
+if __name__ == "__main__":
+    main()
