@@ -3,8 +3,8 @@
     with RankPool() as pool:
         pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[...])  # -> [result of rank 0, of rank 1]
 
-The function is called as `function(rank, world_size, master, **kwargs)`; its process group is destroyed afterwards. When time
-runs out, or a rank fails, every rank's stacks and output are shown, and the processes are replaced.
+The function is called as `function(rank, world_size, master, **kwargs)`, in a process of its own. When time runs out, or a rank
+fails, every rank's stacks and output are shown, and the processes are replaced.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RankPool:
     def _stacks(self, ranks: list[_Rank]) -> str:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.process.pid, signal.SIGUSR1)
+                os.killpg(rank.process.pid, signal.SIGUSR1)
         time.sleep(1.0)
         output = "\n".join(f"--- rank {number}\n{rank.log.read_text()[-6000:]}" for number, rank in enumerate(ranks))
         self.stop()
@@ -117,33 +117,46 @@ class RankPool:
 
 
 def main(address: str) -> None:
-    """A rank: runs what it is sent until the connection closes."""
+    """A rank: runs what it is sent, each job in a fork of its own, until the connection closes.
+
+    A fork starts with everything imported and leaves nothing behind. (In one process the models of earlier jobs would stay, kept
+    by hooks of autograd, and with them their process groups, whose gloo threads turn at full speed once a peer has gone.)
+    """
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _import_early()
     connection = Client(address, "AF_UNIX")
     while True:
         try:
-            function, rank, world_size, master, kwargs = pickle.loads(connection.recv_bytes())
+            job = connection.recv_bytes()
         except EOFError:
             return
-        try:
-            module, name = function.split(":")
-            answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, master, **kwargs))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        # Not `send`: torch would pass tensors as handles of shared memory, which are gone with the process.
-        connection.send_bytes(pickle.dumps(answer))
-        _leave()
+        child = os.fork()
+        if child == 0:
+            _run(connection, *pickle.loads(job))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            connection.send_bytes(pickle.dumps((False, f"the process ended with status {status}")))
 
 
-def _leave() -> None:
-    """Give the job's process groups up."""
-    import torch.distributed as dist
+def _run(connection: Connection, function: str, rank: int, world_size: int, master: str, kwargs: dict) -> None:
+    try:
+        module, name = function.split(":")
+        answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, master, **kwargs))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    # Not `send`: torch would pass tensors as handles of shared memory, which are gone with the process.
+    connection.send_bytes(pickle.dumps(answer))
+    sys.stdout.flush()
+    sys.stderr.flush()
 
-    if dist.is_initialized():
-        from megatron.core import parallel_state
 
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+def _import_early() -> None:
+    from tic_megatron.actors.megatron import cpu
+
+    cpu.install()
+    import tic_megatron.actors.megatron.backend
+    import tic_megatron.actors.megatron.export  # noqa: F401
 
 
 if __name__ == "__main__":
