@@ -219,3 +219,37 @@ def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, p
         step.update(1)
         found["parameters", park] = slices(backend, "data")
     return found
+
+
+def resumed(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, options: dict) -> dict:
+    """Two updates, the second by the same backend and by a fresh one that reads a checkpoint made in between: the parameters
+    after each, and the gradient norms."""
+    import math
+
+    from tic_megatron.actors.megatron import runtime
+
+    adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "grad_clip": 1.0}
+    settings = settings_of(layout, "tic_grpo", max_tokens=300, **(adam | options))
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    from tic_megatron.actors.megatron import checkpoint
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    backend = MegatronBackend(settings, path, device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+    step.old_logprobs(check_noise=False)
+    skipped = backend.update(step.inputs[0], lambda index, logprobs, entropy: logprobs.sum() * math.nan)
+    assert not skipped.applied
+    step.update(0)
+    checkpoint.save(backend, Path(folder))
+    found = {}
+    for name in ("same", "fresh"):
+        if name == "fresh":
+            step.backend = MegatronBackend(settings, path, device)
+            checkpoint.load(step.backend, Path(folder))
+        stats = step.update(1)
+        found[name] = slices(step.backend, "data")
+        found["norm", name] = None if stats is None else stats.result.grad_norm
+    return found
