@@ -253,3 +253,32 @@ def resumed(rank: int, world_size: int, master: str, layout: Layout, path: str, 
         found[name] = slices(step.backend, "data")
         found["norm", name] = None if stats is None else stats.result.grad_norm
     return found
+
+
+def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tuple]) -> list:
+    """The layers of every part of every stage as Megatron-core counts them, for each (layers of the model, stages, parts of a
+    stage, layers of the first, of the last stage)."""
+    from transformers import Qwen3Config
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.config import ActorSettings
+
+    runtime.initialize(rank, world_size, master, ActorSettings(), seed=0, timeout_s=60)
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from tic_megatron.actors.megatron.model import transformer_config
+
+    found = []
+    for n_layers, n_stages, n_virtual, first, last in splits:
+        actor = ActorSettings(pipeline_parallel_size=n_stages, virtual_pipeline_parallel_size=n_virtual)
+        actor.layers_in_first_stage, actor.layers_in_last_stage = first, last
+        config = transformer_config(Qwen3Config(num_hidden_layers=n_layers, hidden_size=64, head_dim=16), actor)
+
+        def layers(stage: int, part: int, config=config, n_virtual=n_virtual) -> list[int]:
+            place = {"vp_stage": part if n_virtual > 1 else None, "pp_rank": stage}
+            start = get_transformer_layer_offset(config, **place)
+            return list(range(start, start + get_num_layers_to_build(config, **place)))
+
+        found.append([[layers(stage, part) for part in range(n_virtual)] for stage in range(n_stages)])
+    return found
