@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.layouts.cases import N_UPDATES, Layout, rollout, settings_of
+from tic_megatron.config import AlgorithmSettings
 
 MOVE = 4e-3
 """Relative size of a random move of all weights: about the last digit of bf16."""
@@ -282,3 +283,49 @@ def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tup
 
         found.append([[layers(stage, part) for part in range(n_virtual)] for stage in range(n_stages)])
     return found
+
+
+def with_options(
+    rank: int, world_size: int, master: str, layout: Layout, paths: dict, options: dict, bad_token: int | None = None
+) -> dict:
+    """The second update of a rollout with settings of the algorithm, the reference policy's weights being the model `new`:
+    statistics and gradient; with `bad_token`, after that token's embedding has become NaN."""
+    import math
+
+    import torch
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    settings = settings_of(layout, options["objective"], max_tokens=120)
+    settings.algorithm = AlgorithmSettings(**options, reference_path=paths["new"])
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, paths["old"], device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+    trajectories = [t for batch in step.mini_batches for m in batch.micro_batches for t in m.trajectories]
+    kl = None
+    if settings.algorithm.kl_in_reward:
+        kl = step.kl_to_reference()
+        step.set_advantages([t.advantage / 2 for t in trajectories])
+    step.old_logprobs(check_noise=True)
+    updates = [step.update(0)]
+    backend.load_weights(paths["new"])
+    with torch.no_grad():
+        for weight, parameter in backend.weights.owned():
+            if weight.layer is not None and parameter.dim() > 1:
+                parameter.mul_(1.01)  # neither pi_old nor the reference
+            if bad_token is not None and weight.names[0].startswith("embedding"):
+                which, _ = backend.weights.shard(weight)
+                row = bad_token - which * parameter.shape[0]
+                if 0 <= row < parameter.shape[0]:
+                    parameter[row] = math.nan
+    updates.append(step.update(1))
+    return {
+        "kl": kl and sorted((t.prompt.id, *values) for t, values in zip(trajectories, kl, strict=True)),
+        "updates": updates,
+        "mismatch": step.finish_mismatch(),
+        "gradient": slices(backend, "main_grad"),
+    }
