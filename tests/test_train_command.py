@@ -76,6 +76,16 @@ BAD_MODELS = {
         ["--actor.tensor_parallel_size=2", "--actor.sequence_parallel=false", "--cluster.gpus_per_node=2"],
         ["actor.sequence_parallel false", "leave it on"],
     ),
+    "matrices of the engine": (
+        lambda w: w.edit_config(intermediate_size=126),
+        ["--rollout.tensor_parallel_size=4"],
+        ["rollout.tensor_parallel_size 4 does not divide intermediate_size 126"],
+    ),
+    "key-value heads of the engine": (
+        lambda w: w.edit_config(num_attention_heads=12, num_key_value_heads=4, intermediate_size=96),
+        ["--rollout.tensor_parallel_size=6"],
+        ["rollout.tensor_parallel_size 6", "num_key_value_heads 4", "4 is one that fits"],
+    ),
     "scaled RoPE": (lambda w: w.edit_config(rope_scaling={"type": "yarn"}, rope_parameters=None), [], ["RoPE scaling 'yarn'"]),
     "sliding window": (lambda w: w.edit_config(use_sliding_window=True), [], ["sliding-window attention"]),
     "quantized": (lambda w: w.edit_config(quantization_config={"bits": 4}), [], ["quantized weights"]),

@@ -81,7 +81,8 @@ class Run:
         self.actors.setup(str(self.inputs.model_dir))
         if checkpoint:
             self.actors.load_checkpoint(checkpoint / "actors")
-        self.rollouts.use_weights(self.actors, version=self.state.step)
+        if self.state.step < settings.trainer.steps:  # otherwise only the export is left, for which the actors keep their GPUs
+            self.rollouts.use_weights(self.actors, version=self.state.step)
 
     def _start_rollouts(self, cluster: Cluster) -> RolloutSource:
         """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.layouts.cases import N_UPDATES, Layout, rollout, settings_of
+from tic_megatron.config import AlgorithmSettings
 
 MOVE = 4e-3
 """Relative size of a random move of all weights: about the last digit of bf16."""
@@ -219,3 +220,112 @@ def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, p
         step.update(1)
         found["parameters", park] = slices(backend, "data")
     return found
+
+
+def resumed(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, options: dict) -> dict:
+    """Two updates, the second by the same backend and by a fresh one that reads a checkpoint made in between: the parameters
+    after each, and the gradient norms."""
+    import math
+
+    from tic_megatron.actors.megatron import runtime
+
+    adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "grad_clip": 1.0}
+    settings = settings_of(layout, "tic_grpo", max_tokens=300, **(adam | options))
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    from tic_megatron.actors.megatron import checkpoint
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    backend = MegatronBackend(settings, path, device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+    step.old_logprobs(check_noise=False)
+    skipped = backend.update(step.inputs[0], lambda index, logprobs, entropy: logprobs.sum() * math.nan)
+    assert not skipped.applied
+    step.update(0)
+    checkpoint.save(backend, Path(folder))
+    found = {}
+    for name in ("same", "fresh"):
+        if name == "fresh":
+            step.backend = MegatronBackend(settings, path, device)
+            checkpoint.load(step.backend, Path(folder))
+        stats = step.update(1)
+        found[name] = slices(step.backend, "data")
+        found["norm", name] = None if stats is None else stats.result.grad_norm
+    return found
+
+
+def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tuple]) -> list:
+    """The layers of every part of every stage as Megatron-core counts them, for each (layers of the model, stages, parts of a
+    stage, layers of the first, of the last stage)."""
+    from transformers import Qwen3Config
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.config import ActorSettings
+
+    runtime.initialize(rank, world_size, master, ActorSettings(), seed=0, timeout_s=60)
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from tic_megatron.actors.megatron.model import transformer_config
+
+    found = []
+    for n_layers, n_stages, n_virtual, first, last in splits:
+        actor = ActorSettings(pipeline_parallel_size=n_stages, virtual_pipeline_parallel_size=n_virtual)
+        actor.layers_in_first_stage, actor.layers_in_last_stage = first, last
+        config = transformer_config(Qwen3Config(num_hidden_layers=n_layers, hidden_size=64, head_dim=16), actor)
+
+        def layers(stage: int, part: int, config=config, n_virtual=n_virtual) -> list[int]:
+            place = {"vp_stage": part if n_virtual > 1 else None, "pp_rank": stage}
+            start = get_transformer_layer_offset(config, **place)
+            return list(range(start, start + get_num_layers_to_build(config, **place)))
+
+        found.append([[layers(stage, part) for part in range(n_virtual)] for stage in range(n_stages)])
+    return found
+
+
+def with_options(
+    rank: int, world_size: int, master: str, layout: Layout, paths: dict, options: dict, bad_token: int | None = None
+) -> dict:
+    """The second update of a rollout with settings of the algorithm, the reference policy's weights being the model `new`:
+    statistics and gradient; with `bad_token`, after that token's embedding has become NaN."""
+    import math
+
+    import torch
+
+    from tic_megatron.actors.megatron import runtime
+    from tic_megatron.actors.megatron.backend import MegatronBackend
+    from tic_megatron.actors.step import PolicyStep
+    from tic_megatron.data.packing import Packing, pack_rollout
+
+    settings = settings_of(layout, options["objective"], max_tokens=120)
+    settings.algorithm = AlgorithmSettings(**options, reference_path=paths["new"])
+    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    backend = MegatronBackend(settings, paths["old"], device)
+    step = PolicyStep(backend, settings)
+    step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
+    trajectories = [t for batch in step.mini_batches for m in batch.micro_batches for t in m.trajectories]
+    kl = None
+    if settings.algorithm.kl_in_reward:
+        kl = step.kl_to_reference()
+        step.set_advantages([t.advantage / 2 for t in trajectories])
+    step.old_logprobs(check_noise=True)
+    updates = [step.update(0)]
+    backend.load_weights(paths["new"])
+    with torch.no_grad():
+        for weight, parameter in backend.weights.owned():
+            if weight.layer is not None and parameter.dim() > 1:
+                parameter.mul_(1.01)  # neither pi_old nor the reference
+            if bad_token is not None and weight.names[0].startswith("embedding"):
+                which, _ = backend.weights.shard(weight)
+                row = bad_token - which * parameter.shape[0]
+                if 0 <= row < parameter.shape[0]:
+                    parameter[row] = math.nan
+    updates.append(step.update(1))
+    return {
+        "kl": kl and sorted((t.prompt.id, *values) for t, values in zip(trajectories, kl, strict=True)),
+        "updates": updates,
+        "mismatch": step.finish_mismatch(),
+        "gradient": slices(backend, "main_grad"),
+    }

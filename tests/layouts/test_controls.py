@@ -14,6 +14,7 @@ from tests.layouts.cases import DENSE, EXPERTS, Layout, rollout
 from tests.layouts.proof import merge
 from tests.layouts.reference import second_update
 from tests.layouts.test_layouts import check
+from tic_megatron.actors.metrics import skipped_updates, update_metrics
 
 BUCKET_BYTES = 64 * 1024
 
@@ -95,6 +96,87 @@ def test_memory_given_up_comes_back_with_the_same_values(prover, rank_pool, prec
         assert found["left", True] == 0 < found["left", False]
         plain, parked = found["parameters", False], found["parameters", True]
         assert all(torch.equal(plain[name][-1], parked[name][-1]) for name in plain)
+
+
+RESUMED = [
+    ("untied", Layout(cp=2), {}, True),
+    ("untied", Layout(pp=2, vpp=2), {}, False),
+    ("experts", Layout(ep=2, dp=2), {}, True),
+    ("experts", Layout(tp=2, ep=2, etp=1, dp=2), {}, False),
+    ("experts", Layout(pp=4), {}, False),
+    ("experts", Layout(pp=2, vpp=2, ep=2, cp=2), {}, False),
+    ("experts", Layout(ep=2, dp=2), {"distributed_optimizer": False}, False),
+    ("untied", Layout(dp=2), {"precision": "bf16"}, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "options"),
+    [pytest.param(m, x, o, id="-".join([m, str(x), *o]), marks=() if fast else pytest.mark.slow) for m, x, o, fast in RESUMED],
+)
+def test_a_checkpoint_continues_bit_by_bit(prover, rank_pool, tmp_path, model, layout, options):
+    """Also after an update that was skipped, which AdamW has not counted."""
+    job = {"layout": layout, "path": prover.paths(model)["old"], "folder": str(tmp_path), "options": options}
+    views = rank_pool.run("tests.layouts.ranks:resumed", world_size=layout.world_size, timeout_s=180, **job)
+    for view in views:
+        assert view["norm", "same"] == view["norm", "fresh"]
+        different = [name for name, (*_, piece) in view["same"].items() if not torch.equal(piece, view["fresh"][name][-1])]
+        assert not different
+
+
+OPTIONS = [
+    {"objective": "tic_grpo", "kl_coefficient": 0.1, "kl_estimator": "k3", "entropy_coefficient": 0.02, "correction": "truncate"},
+    {"objective": "grpo", "kl_coefficient": 0.1, "kl_estimator": "k2", "correction": "mask", "correction_level": "token"},
+    {"objective": "no_is", "kl_coefficient": 0.1, "kl_estimator": "k1"},
+    {"objective": "gspo", "entropy_coefficient": 0.02, "correction": "mask", "eps_high": 0.2},
+]
+"""Settings of the algorithm beside those of the gradient proof."""
+WITH_OPTIONS = [
+    ("untied", Layout(cp=2), OPTIONS[0], True),
+    *(("untied", Layout(cp=2), options, False) for options in OPTIONS[1:]),
+    *(("experts", Layout(tp=2, cp=2, ep=2), options, False) for options in OPTIONS),
+    ("untied", Layout(pp=2, vpp=2, dp=2), OPTIONS[0], False),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "options"),
+    [
+        pytest.param(m, x, o, id=f"{m}-{x}-{o['objective']}", marks=() if fast else pytest.mark.slow)
+        for m, x, o, fast in WITH_OPTIONS
+    ],
+)
+def test_penalties_corrections_and_metrics_are_those_of_one_process(prover, rank_pool, model, layout, options):
+    (metrics, gradient, kl), (expected, expected_gradient, expected_kl) = (
+        with_options(prover, rank_pool, model, x, options)[:3] for x in (layout, Layout())
+    )
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, value in expected_gradient.items():
+        assert (gradient[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert [prompt for prompt, _ in kl] == [prompt for prompt, _ in expected_kl]
+    assert [value for _, value in kl] == pytest.approx([value for _, value in expected_kl], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(cp=2), pytest.param(Layout(pp=2, vpp=2, cp=2), marks=pytest.mark.slow)], ids=str)
+def test_bad_log_probs_are_named_once_in_every_layout(prover, rank_pool, layout):
+    """One token's embedding is NaN: every rank skips the update, and no collective of it is left half done."""
+    (*_, skipped), (*_, expected) = (
+        with_options(prover, rank_pool, "untied", x, OPTIONS[0], bad_token=7) for x in (layout, Layout())
+    )
+    assert [s.index for s in skipped] == [s.index for s in expected] == [1]
+    assert sorted(skipped[0].bad_prompts) == sorted(expected[0].bad_prompts) != []
+
+
+def with_options(prover, rank_pool, model, layout, options, **others):
+    """Metrics of two updates, the second's gradient, (prompt, k1) of each trajectory, and the updates that were skipped."""
+    job = {"layout": layout, "paths": prover.paths(model), "options": options, **others}
+    views = rank_pool.run("tests.layouts.ranks:with_options", world_size=layout.world_size, timeout_s=180, **job)
+    updates = [[view["updates"][k] for view in views] for k in range(2)]
+    metrics = update_metrics(updates, [view["mismatch"] for view in views])
+    assert layout.dp == 1 or options["objective"] != "no_is", "the ranks' KL would have to be put together"
+    kl = [view["kl"] for view in views if view["kl"]] or [[]]
+    assert all([prompt for prompt, _ in own] == [prompt for prompt, _ in kl[0]] for own in kl)
+    return metrics, merge(view["gradient"] for view in views), kl[0], skipped_updates(updates)
 
 
 MISTAKES = [

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from tests.layouts.cases import FAST, MODELS, rollout
 from tests.layouts.proof import Finding
 from tests.layouts.reference import load_float64
+from tic_megatron.weights.stages import layers_of_stages
+
+SIZES = (None, 1, 2, 4)
+"""Layers of the first and of the last stage."""
 
 
 def cases():
@@ -43,3 +49,18 @@ def test_the_model_of_one_expert_uses_one_expert(prover, name):
         for trajectory in (t for group in rollout("many") for t in group.trajectories):
             model(torch.tensor([trajectory.tokens]))
     assert seen == {0}
+
+
+def test_megatron_shares_the_layers_out_as_planned(rank_pool):
+    """Every split that `layers_of_stages`, and so preflight, allows is one that Megatron-core computes, with the same layers."""
+    allowed = []
+    for n_layers, n_stages, n_virtual, first, last in itertools.product((4, 6, 8, 12), (2, 3, 4), (1, 2, 3), SIZES, SIZES):
+        try:
+            planned = layers_of_stages(n_layers, n_stages, n_virtual=n_virtual, first=first, last=last)
+        except ValueError:
+            continue
+        allowed.append(((n_layers, n_stages, n_virtual, first, last), planned))
+    assert len(allowed) > 100
+    splits = [split for split, _ in allowed]
+    found = rank_pool.run("tests.layouts.ranks:layers_by_megatron", world_size=1, timeout_s=120, splits=splits)[0]
+    assert {split: layers for split, layers in zip(splits, found, strict=True)} == dict(allowed)

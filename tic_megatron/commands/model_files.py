@@ -105,6 +105,8 @@ def check_layout(config: dict[str, Any], directory: Path, settings: Settings) ->
             "actor.expert_parallel_size and actor.expert_tensor_parallel_size are for mixture-of-experts models, and "
             f"{directory} is a dense one: leave them out"
         )
+    else:
+        shares.append(("intermediate_size", "rollout.tensor_parallel_size", engine_tp))
     for name, setting, parts in shares:
         if size(config, name, directory) % parts:
             fitting = [n for n in range(1, parts) if size(config, name, directory) % n == 0]
@@ -124,8 +126,11 @@ def check_layout(config: dict[str, Any], directory: Path, settings: Settings) ->
         ) from error
     kv_heads = size(config, "num_key_value_heads", directory)
     if kv_heads % engine_tp and engine_tp % kv_heads:  # vLLM repeats heads when there are fewer than ranks
+        heads = size(config, "num_attention_heads", directory)
+        fitting = [n for n in range(1, engine_tp) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         raise SettingsError(
-            f"rollout.tensor_parallel_size {engine_tp} does not fit num_key_value_heads {kv_heads} of {directory}"
+            f"rollout.tensor_parallel_size {engine_tp} neither divides num_key_value_heads {kv_heads} of {directory} nor is a "
+            f"multiple of it; {fitting[-1]} is one that fits"
         )
     positions = size(config, "max_position_embeddings", directory)
     if settings.max_sequence_tokens > positions:

@@ -64,6 +64,7 @@ class MegatronBackend:
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.updates_done = 0
+        self.updates_applied = 0  # without those that were skipped, which AdamW has not counted
         self._parks = device.type == "cuda" and settings.cluster.colocate
         self._parked: list[Parked] = []
 
@@ -186,6 +187,7 @@ class MegatronBackend:
             group["lr"] = rate
         # In fp16 an infinite gradient is the loss scale's: the optimizer skips the update by itself and lowers the scale.
         applied, grad_norm, _ = self.optimizer.step()
+        self.updates_applied += bool(applied)
         return UpdateResult(float(grad_norm or 0.0), rate, bool(applied), overflow=not applied)
 
     def _run_schedule(self, inputs: list[PackedInputs], make_closure, *, forward_only: bool, reference: bool = False) -> None:

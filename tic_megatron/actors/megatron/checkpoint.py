@@ -25,13 +25,15 @@ def save(backend: MegatronBackend, directory: Path) -> None:
     """Write this rank's part; a collective of all ranks. `directory` must exist."""
     dist_checkpointing.save(_sharded_state(backend, is_loading=False), str(directory), content_metadata=_METADATA)
     if dist.get_rank() == 0:
-        (directory / "progress.json").write_text(json.dumps({"updates_done": backend.updates_done}), encoding="utf-8")
+        progress = {"updates_done": backend.updates_done, "updates_applied": backend.updates_applied}
+        (directory / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
     dist.barrier()
 
 
 def load(backend: MegatronBackend, directory: Path) -> None:
     """Read this rank's part; a collective of all ranks."""
-    backend.updates_done = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["updates_done"]
+    progress = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+    backend.updates_done, backend.updates_applied = progress["updates_done"], progress["updates_applied"]
     for optimizer in _optimizers(backend):
         if isinstance(optimizer, DistributedOptimizer):
             optimizer._init_optimizer_states_with_dummy_values()
@@ -44,7 +46,7 @@ def load(backend: MegatronBackend, directory: Path) -> None:
         for state in optimizer.optimizer.state.values():
             if "step" in state:
                 # One tensor per parameter: torch's AdamW counts it up in place, and a shared one would count them all.
-                state["step"] = torch.tensor(float(backend.updates_done))
+                state["step"] = torch.tensor(float(backend.updates_applied))
 
 
 def _load_all_but_step(optimizer: DistributedOptimizer) -> None:
@@ -72,5 +74,6 @@ def _model_parts(backend: MegatronBackend) -> list[tuple]:
 
 
 def _sharded_state(backend: MegatronBackend, *, is_loading: bool) -> dict:
-    model = {name: part.module.sharded_state_dict(metadata=_METADATA) for part, name in _model_parts(backend)}
-    return model | {"optimizer": backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)}
+    metadata = dict(_METADATA)  # Megatron adds its process groups
+    model = {name: part.module.sharded_state_dict(metadata=metadata) for part, name in _model_parts(backend)}
+    return model | {"optimizer": backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}

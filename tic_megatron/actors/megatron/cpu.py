@@ -150,9 +150,7 @@ def _patch_cuda_module() -> None:
 
 
 def _patch_experts() -> None:
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    moe_utils.te_general_gemm = None  # the router looks for it, but only Transformer Engine's import defines it
+    from megatron.core.transformer.moe import token_dispatcher
 
     def to_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):
         # The token counts that it moves "to the CPU" become the split sizes of a collective, which must be plain numbers.

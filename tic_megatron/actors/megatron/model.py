@@ -64,6 +64,7 @@ def transformer_config(hf: PretrainedConfig, settings: ActorSettings) -> Transfo
     """Megatron's configuration of a Qwen3 model in the layout of the settings."""
     dtype = DTYPES[settings.precision]
     tp, pp, vpp = settings.tensor_parallel_size, settings.pipeline_parallel_size, settings.virtual_pipeline_parallel_size
+    first, last = settings.layers_in_first_stage, settings.layers_in_last_stage
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -94,8 +95,9 @@ def transformer_config(hf: PretrainedConfig, settings: ActorSettings) -> Transfo
         sequence_parallel=settings.sequence_parallel and tp > 1,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        num_layers_in_first_pipeline_stage=settings.layers_in_first_stage,
-        num_layers_in_last_pipeline_stage=settings.layers_in_last_stage,
+        num_layers_in_first_pipeline_stage=first,
+        # Of two stages the second has the rest; told both, Megatron's interleaving divides the other layers by no stages.
+        num_layers_in_last_pipeline_stage=None if pp == 2 and first is not None else last,
         context_parallel_size=settings.context_parallel_size,
         # Micro-batches are packed, so each has its own length; Megatron insists on `alltoall` for that, even without experts.
         # Its interleaved schedule cannot do it: there all micro-batches of an update are padded to one length.

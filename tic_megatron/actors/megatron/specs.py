@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +24,9 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 
 from tic_megatron.actors.megatron.attention import PackedAttention
+
+if not moe_utils.HAVE_TE:
+    moe_utils.te_general_gemm = None  # the router looks for it, but only Transformer Engine's import defines it
 
 
 class RMSNorm(nn.Module):
