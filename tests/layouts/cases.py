@@ -173,8 +173,8 @@ def make_model(directory: Path, name: str) -> dict[str, str]:
 
 def _favour_first_expert(model) -> None:
     """A direction that all tokens share, and that the first expert's row of each router points to."""
-    model.model.embed_tokens.weight[:, 0] = 1.0
+    model.model.embed_tokens.weight[:, 0] = 0.7
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
-            layer.mlp.gate.weight.mul_(0.2)
-            layer.mlp.gate.weight[:, 0] = torch.tensor([0.5, -0.3, -0.3, -0.3])
+            layer.mlp.gate.weight.mul_(0.1)
+            layer.mlp.gate.weight[:, 0] = torch.tensor([0.25, -0.25, -0.25, -0.25])

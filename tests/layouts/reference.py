@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,28 +56,36 @@ def second_update(paths: dict[str, str], groups: list[Group], objective: str, *,
 
 
 def load_float64(path: str):
-    """A model by transformers, in float64."""
+    """A model by transformers, in float64, its routers too (transformers takes their softmax in fp32, whatever the model)."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     model.config._experts_implementation = "eager"
+    for router in _routers(model):
+        router.forward = partial(_route, router)
     return model
+
+
+def _routers(model) -> list:
+    return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+
+def _route(router, hidden: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What transformers' router returns: logits, the chosen experts' weights, and their numbers, which may be given."""
+    logits = torch.nn.functional.linear(hidden, router.weight)
+    probabilities = logits.softmax(-1)
+    if experts is None:
+        experts = probabilities.topk(router.top_k, dim=-1).indices
+    scores = probabilities.gather(-1, experts)
+    if router.norm_topk_prob:
+        scores = scores / scores.sum(-1, keepdim=True)
+    return logits, scores, experts
 
 
 def _replay_routing(old_model, model) -> None:
     """Have the routers of `model` choose what those of `old_model` chose for the sequence before."""
-    for old_layer, layer in zip(old_model.model.layers, model.model.layers, strict=True):
-        if not hasattr(layer.mlp, "gate"):
-            continue
+    for old_router, router in zip(_routers(old_model), _routers(model), strict=True):
         chosen: dict[str, Tensor] = {}
-        old_layer.mlp.gate.register_forward_hook(lambda module, args, output, chosen=chosen: chosen.update(experts=output[2]))
-
-        def replayed(hidden, router=layer.mlp.gate, chosen=chosen):
-            logits = torch.nn.functional.linear(hidden, router.weight)
-            scores = logits.softmax(-1).gather(-1, chosen["experts"])
-            if router.norm_topk_prob:
-                scores = scores / scores.sum(-1, keepdim=True)
-            return logits, scores, chosen["experts"]
-
-        layer.mlp.gate.forward = replayed
+        old_router.register_forward_hook(lambda module, args, output, chosen=chosen: chosen.update(experts=output[2]))
+        router.forward = lambda hidden, router=router, chosen=chosen: _route(router, hidden, chosen["experts"])
 
 
 def _term(objective: str, delta: Tensor, advantage: float) -> Tensor:
