@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.presets import EXAMPLE, ROOT, Configuration, make_task, run
+from benchmarks.presets import EXAMPLE, ROOT, Configuration, make_task, run, table
 
 EXPERTS = 4
 
@@ -57,9 +57,11 @@ def main() -> None:
             continue
         task = (make_experts_task if name.startswith("experts") else make_task)(args.task.resolve())
         results[name] = run(configuration, task, args.runs.resolve() / str(number), args.steps)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        results = {known: results[known] for known in LAYOUTS if known in results}
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         before, after = results[name]["accuracy_before"], results[name]["accuracy_after"]
         print(f"{name}: accuracy {before:.3f} -> {after:.3f}, {results[name]['seconds']} s", flush=True)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark that trains every preset: its settings, and that the page shows its results."""
+"""The benchmarks that train every preset and several layouts: their settings, and that the pages show their results."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.presets import CONFIGURATIONS, flags, table
+from benchmarks.quickstart_layouts import LAYOUTS
 from tests.workspace import settings_of
 from tic_megatron.algorithms import OBJECTIVES
+from tic_megatron.config_checks import check_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +32,14 @@ def test_page_shows_the_results():
     results = json.loads((ROOT / "benchmarks" / "presets.json").read_text())
     assert set(OBJECTIVES) <= set(results)
     assert table(results) in (ROOT / "docs" / "objectives.md").read_text()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flags_of_layouts_are_settings(name, tmp_path):
+    check_settings(settings_of(*flags(LAYOUTS[name], tmp_path, tmp_path / "run", 3)).resolve())
+
+
+def test_page_shows_the_layouts():
+    results = json.loads((ROOT / "benchmarks" / "quickstart_layouts.json").read_text())
+    assert set(results) <= set(LAYOUTS)
+    assert table(results) in (ROOT / "docs" / "layouts.md").read_text()
