@@ -77,7 +77,13 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(config, tmp_pa
     train("--config", config, f"--run.dir={whole}")
 
     process = subprocess.Popen(
-        [*COMMAND, "--config", config, f"--run.dir={cut}"], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, "--config", config, f"--run.dir={cut}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a shell, interrupts are ignored, and so they would be here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         for line in process.stdout:
