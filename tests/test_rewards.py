@@ -197,7 +197,7 @@ def test_exact() -> None:
 def test_unknown_reward_names_the_nearest() -> None:
     with pytest.raises(SettingsError, match=r"reward.function.*'mth'.*'math'"):
         get_reward("mth")
-    with pytest.raises(SettingsError, match="exact, math"):
+    with pytest.raises(SettingsError, match="exact, exact_dense, math"):
         RewardWorkers(RewardSettings(function="zzz"))
     assert set(REWARDS) >= {"math", "exact"}
 
