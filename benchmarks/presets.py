@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -136,24 +137,43 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def train_all(
+    configurations: dict[str, Configuration],
+    task_of: Callable[[str, Path], Path],
+    *,
+    description: str | None,
+    steps: int,
+    runs: str,
+) -> None:
+    """The command: train the configurations, one after the other, and keep what came out.
+
+    Args:
+        configurations: by name; the file and the table have their order.
+        task_of: (name of a configuration, folder of the tasks) -> its task, made when it is not there.
+        description: for `--help`.
+        steps: default of `--steps`.
+        runs: folder in `runs/` for the run folders.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each run (the quickstart has 100)")
-    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(CONFIGURATIONS), help="configurations; all by default")
-    parser.add_argument("--task", type=Path, default=EXAMPLE / "task", help="folder of the task; made when it is not there")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "presets", help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=steps, help="training steps of each run (the quickstart has 100)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(configurations), help="configurations; all by default")
+    parser.add_argument("--task", type=Path, default=EXAMPLE / "task", help="folder of the tasks; made when they are not there")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / runs, help="folder for the runs")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    task = make_task(args.task.resolve())
-    for number, name in enumerate(CONFIGURATIONS):
+    for number, (name, configuration) in enumerate(configurations.items()):
         if args.only and name not in args.only:
             continue
-        results[name] = run(CONFIGURATIONS[name], task, args.runs.resolve() / f"{number}", args.steps)
-        ordered = {known: results[known] for known in CONFIGURATIONS if known in results}
-        args.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        results[name] = run(configuration, task_of(name, args.task.resolve()), args.runs.resolve() / str(number), args.steps)
+        results = {known: results[known] for known in configurations if known in results}
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({name: results[name]}), flush=True)
-    print(table({known: results[known] for known in CONFIGURATIONS if known in results}))
+    print(table(results))
+
+
+def main() -> None:
+    train_all(CONFIGURATIONS, lambda name, folder: make_task(folder), description=__doc__, steps=60, runs="presets")
 
 
 if __name__ == "__main__":

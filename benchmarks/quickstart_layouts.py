@@ -7,13 +7,11 @@ A configuration that is in the file already is run again and replaced.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.presets import EXAMPLE, ROOT, Configuration, make_task, run, table
+from benchmarks.presets import EXAMPLE, Configuration, make_task, train_all
 
 EXPERTS = 4
 
@@ -33,8 +31,10 @@ LAYOUTS = {
 }
 
 
-def make_experts_task(folder: Path) -> Path:
-    """The task with a mixture-of-experts model, for seed 0; it is made when it is not there."""
+def task_of(name: str, folder: Path) -> Path:
+    """The task for seed 0, with a dense or a mixture-of-experts model; it is made when it is not there."""
+    if not name.startswith("experts"):
+        return make_task(folder)
     task = folder / f"seed_0_experts_{EXPERTS}"
     if not task.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,26 +43,5 @@ def make_experts_task(folder: Path) -> Path:
     return task
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each run (the quickstart has 100)")
-    parser.add_argument("--only", nargs="*", metavar="NAME", choices=list(LAYOUTS), help="layouts; all by default")
-    parser.add_argument("--task", type=Path, default=EXAMPLE / "task", help="folder of the tasks; made when they are not there")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "layouts", help="folder for the runs")
-    args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for number, (name, configuration) in enumerate(LAYOUTS.items()):
-        if args.only and name not in args.only:
-            continue
-        task = (make_experts_task if name.startswith("experts") else make_task)(args.task.resolve())
-        results[name] = run(configuration, task, args.runs.resolve() / str(number), args.steps)
-        results = {known: results[known] for known in LAYOUTS if known in results}
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        before, after = results[name]["accuracy_before"], results[name]["accuracy_after"]
-        print(f"{name}: accuracy {before:.3f} -> {after:.3f}, {results[name]['seconds']} s", flush=True)
-    print(table(results))
-
-
 if __name__ == "__main__":
-    main()
+    train_all(LAYOUTS, task_of, description=__doc__, steps=100, runs="layouts")

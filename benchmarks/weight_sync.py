@@ -85,19 +85,23 @@ def median_s(function: Callable[[], Any], rounds: int) -> float:
     return statistics.median(seconds[WARM_UP:])
 
 
-def hand_over(actors: Any, receiver: Any) -> None:
-    """What `send_weights` does, with nobody to load the buckets."""
-    import ray
+class Listener:
+    """Takes the engines' place in `send_weights`: tells the receiver of every bucket, and nobody loads it."""
 
-    from tic_megatron.weights.sending import merge_payloads
+    def __init__(self, receiver: Any):
+        self.receiver = receiver
 
-    n_buckets = actors.begin_export()
-    assembled = actors.export_bucket(0)
-    for bucket in range(n_buckets):
-        payload = merge_payloads(assembled())
-        if bucket + 1 < n_buckets:
-            assembled = actors.export_bucket(bucket + 1)
-        ray.get(receiver.take.remote(payload))
+    def start_weight_update(self) -> None:
+        """Nothing to do."""
+
+    def update_weights(self, payload: dict[str, Any]) -> None:
+        """Until the receiver has heard of it."""
+        import ray
+
+        ray.get(self.receiver.take.remote(payload))
+
+    def finish_weight_update(self, version: int) -> None:
+        """Nothing to do."""
 
 
 def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -> dict[str, float]:
@@ -120,7 +124,7 @@ def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -
         for name, chosen in (("per_tensor", single), ("handover", settings)):
             actors = ActorGroup.start(chosen, cluster, log_dir=logs)
             actors.setup(str(model))
-            seconds[name] = median_s(lambda actors=actors: hand_over(actors, receiver), rounds)
+            seconds[name] = median_s(lambda actors=actors: send_weights(actors, Listener(receiver), version=1), rounds)
             if name == "per_tensor":
                 actors.stop()
         seconds["transfer"] = median_s(lambda: send_weights(actors, engines, version=1), rounds)
