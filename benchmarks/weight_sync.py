@@ -1,17 +1,18 @@
 """How long the weights take from the actors to an engine, against a copy in memory, sending by tensors, and vLLM's own reload.
 
     python -m benchmarks.weight_sync --out benchmarks/weight_sync.json      # a table, and all figures
-    python -m benchmarks.weight_sync --json                                 # the three ratios of the first layout
+    python -m benchmarks.weight_sync --json                                 # the three ratios of the first case, 200M at TP 1
 
-Everything is measured in one run, in turns, on a dense Qwen3 of about 200 million parameters in fp32, on CPU:
+Everything is measured in one run, in turns, on Qwen3 models in fp32, on CPU:
 
 - `copy`: one copy of the weights' bytes in memory;
 - `handover`: the actors gather every bucket into shared memory, and a process that does nothing with it is told where it lies;
-- `per_tensor`: the same with a bucket for every tensor;
-- `transfer`: the real thing, to a vLLM engine, until the weights are in use;
+- `per_tensor`: the same tensor by tensor: each is gathered, then told, then the next;
+- `transfer`: the real thing, to a vLLM engine, until the weights are in use, and its phases: `begin` (all prepare), `gather`
+  (what the engine waits for a bucket), `load` (the engine takes its buckets), `finish` (vLLM puts them to use);
 - `reload`: vLLM loads the same tensors, which lie in its process already.
 
-Medians of `--rounds` rounds after two that are not counted.
+Medians of `--rounds` rounds after two that are not counted. `copy_over_transfer` is the share of a memory copy's bandwidth.
 """
 
 from __future__ import annotations
@@ -30,22 +31,44 @@ from typing import Any
 from tic_megatron.actors.worker import ActorWorker
 from tic_megatron.rollout.engine import EngineOptions, EngineWorker
 
-LAYOUTS = {"TP 1": {}, "TP 2": {"tensor_parallel_size": 2}, "PP 2": {"pipeline_parallel_size": 2, "layers_in_first_stage": 7}}
+MODELS = {
+    "200M": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 13, "num_attention_heads": 16},
+    "50M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 11, "num_attention_heads": 8},
+    "200M experts": {
+        **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 14, "num_attention_heads": 8},
+        **{"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 480},
+    },
+}
+LAYOUTS = {
+    "TP 1": {},
+    "TP 2": {"tensor_parallel_size": 2},
+    "PP 2": {"pipeline_parallel_size": 2},
+    "EP 2": {"expert_parallel_size": 2},
+}
+CASES = [
+    ("200M", "TP 1"),
+    ("200M", "TP 2"),
+    ("200M", "PP 2"),
+    ("50M", "TP 1"),
+    ("200M experts", "TP 1"),
+    ("200M experts", "EP 2"),
+]
+"""The first is that of `--json`."""
 WARM_UP = 2
-SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 13, "num_attention_heads": 16}
 VOCABULARY = 32768
 
 
-def make_model(directory: Path) -> int:
+def make_model(directory: Path, sizes: dict[str, int] = MODELS["200M"]) -> int:
     """A random model with the quickstart's tokenizer; its number of parameters."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from examples.quickstart.make_task import make_tokenizer
 
     tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        **SIZES,
+    kinds = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if "num_experts" in sizes else (Qwen3Config, Qwen3ForCausalLM)
+    config = kinds[0](
+        **sizes,
         vocab_size=VOCABULARY,
         num_key_value_heads=8,
         head_dim=64,
@@ -56,7 +79,7 @@ def make_model(directory: Path) -> int:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    model = kinds[1](config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
@@ -74,18 +97,21 @@ def settings_for(layout: dict[str, int], model: Path, bucket_mib: int) -> Any:
     settings.actor.optimizer, settings.actor.distributed_optimizer = "sgd", False
     for name, size in layout.items():
         setattr(settings.actor, name, size)
-        settings.cluster.gpus_per_node *= size if name.endswith("parallel_size") else 1
+        settings.cluster.gpus_per_node *= size
     return settings
 
 
-def median_s(function: Callable[[], Any], rounds: int) -> float:
-    """Median of the seconds that a call takes, or says that it took."""
-    seconds = []
+def median_s(function: Callable[[], Any], rounds: int) -> Any:
+    """Median of the seconds that a call takes, or says that it took, in all or by phase."""
+    found = []
     for _ in range(WARM_UP + rounds):
         begun = time.perf_counter()
         told = function()
-        seconds.append(told if isinstance(told, float) else time.perf_counter() - begun)
-    return statistics.median(seconds[WARM_UP:])
+        found.append(told if isinstance(told, float | dict) else time.perf_counter() - begun)
+    counted = found[WARM_UP:]
+    if isinstance(counted[0], dict):
+        return {phase: statistics.median(part[phase] for part in counted) for phase in counted[0]}
+    return statistics.median(counted)
 
 
 class Listener:
@@ -111,6 +137,40 @@ class Listener:
         """Nothing to do."""
 
 
+class TimedEngines:
+    """Engines that note when the calls of a transfer begin and end."""
+
+    def __init__(self, engines: Any):
+        self.engines = engines
+        self.calls: list[tuple[str, float, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            result = getattr(self.engines, name)(*args, **kwargs)
+            self.calls.append((name, begun, time.perf_counter()))
+            return result
+
+        return timed
+
+
+def timed_transfer(actors: Any, engines: Any) -> dict[str, float]:
+    """Seconds of a transfer and of its phases."""
+    from tic_megatron.weights.sending import send_weights
+
+    timed = TimedEngines(engines)
+    begun = time.perf_counter()
+    send_weights(actors, timed, version=1)
+    total = time.perf_counter() - begun
+    prepared = next(end for name, _, end in timed.calls if name == "start_weight_update") - begun
+    took = {
+        which: sum(end - start for name, start, end in timed.calls if name == which)
+        for which in ("update_weights", "finish_weight_update")
+    }
+    load, finish = took.values()
+    return {"transfer": total, "begin": prepared, "gather": total - prepared - load - finish, "load": load, "finish": finish}
+
+
 def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -> dict[str, float]:
     """Seconds of every kind."""
     import ray
@@ -129,13 +189,22 @@ def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -
         actors = ActorGroup.start(settings, cluster, log_dir=logs, worker=TensorByTensorActor)
         actors.setup(str(model))
         seconds["handover"] = median_s(lambda: send_weights(actors, Listener(receiver), version=1), rounds)
-        seconds["transfer"] = median_s(lambda: send_weights(actors, engines, version=1), rounds)
+        seconds |= median_s(lambda: timed_transfer(actors, engines), rounds)
         seconds["reload"] = median_s(lambda: engines.pool.call("reload")[0], rounds)
         actors.pool.call("send_single_tensors")
-        seconds["per_tensor"] = median_s(lambda: send_weights(actors, Listener(receiver), version=1), rounds)
+        seconds["per_tensor"] = median_s(lambda: send_one_by_one(actors, Listener(receiver)), rounds)
         actors.stop()
         engines.stop()
     return seconds
+
+
+def send_one_by_one(actors: Any, listener: Listener) -> None:
+    """Every bucket, of which each holds one tensor, after the one before."""
+    from tic_megatron.weights.sending import merge_payloads
+
+    export = actors.begin_export()
+    for bucket in range(export.n_buckets):
+        listener.update_weights(merge_payloads(actors.export_bucket(bucket)(), straight=export.straight))
 
 
 class TensorByTensorActor(ActorWorker):
@@ -213,8 +282,9 @@ def ratios(seconds: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the ratios of the first layout as JSON")
+    parser.add_argument("--json", action="store_true", help="measure the first case only, and print its ratios as JSON")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), metavar="NAME", help="by default all")
     parser.add_argument(
         "--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="NAME", help="by default all"
     )
@@ -222,26 +292,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds that count")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        n_parameters = make_model(Path(folder))
-        for name in args.layouts[:1] if args.json else args.layouts:
-            seconds = measure(LAYOUTS[name], Path(folder), args.bucket_mib, args.rounds)
-            gigabytes = 4 * n_parameters / 1e9
-            results[name] = ratios(seconds) | {
-                "parameters": n_parameters,
-                "bucket_mib": args.bucket_mib,
-                "rounds": args.rounds,
-                "seconds": {kind: round(value, 4) for kind, value in seconds.items()},
-                "transfer_gigabytes_per_s": round(gigabytes / seconds["transfer"], 3),
-            }
-            if not args.json:
-                print(name, json.dumps(results[name]), flush=True)
+    cases = CASES[:1] if args.json else [case for case in CASES if case[0] in args.models and case[1] in args.layouts]
+    results = {", ".join(case): measured(*case, args.bucket_mib, args.rounds, quiet=args.json) for case in cases}
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.json:
-        first = results[args.layouts[0]]
+        first = next(iter(results.values()))
         print(json.dumps({key: first[key] for key in ("handover_over_copy", "per_tensor_over_handover", "transfer_over_reload")}))
+
+
+def measured(model: str, layout: str, bucket_mib: int, rounds: int, *, quiet: bool) -> dict[str, Any]:
+    """All figures of one case."""
+    with tempfile.TemporaryDirectory() as folder:
+        n_parameters = make_model(Path(folder), MODELS[model])
+        seconds = measure(LAYOUTS[layout], Path(folder), bucket_mib, rounds)
+    result = ratios(seconds) | {
+        "copy_over_transfer": round(seconds["copy"] / seconds["transfer"], 3),
+        "parameters": n_parameters,
+        "bucket_mib": bucket_mib,
+        "rounds": rounds,
+        "seconds": {kind: round(value, 4) for kind, value in seconds.items()},
+        "transfer_gigabytes_per_s": round(4 * n_parameters / 1e9 / seconds["transfer"], 3),
+    }
+    if not quiet:
+        print(f"{model}, {layout}:", json.dumps(result), flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def adam_steps(rank: int, world_size: int, master: str, layout: Layout, paths: d
 
 def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, max_bytes: int) -> dict:
     """What this rank reads of a model, sends to engines, and writes: element counts, tensors by name, a file map, digests."""
+    import torch.distributed as dist
+
     from tic_megatron.actors.megatron import parameters, runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.megatron.export import WeightExporter
@@ -126,6 +128,7 @@ def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, 
     sent, assembler = {}, TensorAssembler()
     for index in range(exporter.begin().n_buckets):
         payload = exporter.export(index)
+        dist.barrier()  # the driver tells engines when all ranks have written
         if payload is not None:
             flat = exporter.buffer.flat(index % 2)
             blocks = Bucket.from_payload({name: payload[name] for name in ("blocks", "nbytes", "handle")}).blocks

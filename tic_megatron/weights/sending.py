@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,10 +52,26 @@ class SendBuffer(Protocol):
 
 
 class SharedMemorySendBuffer:
-    """Shared memory of the machine, for engines on its CPUs."""
+    """Shared memory of the machine, for engines on its CPUs. All ranks that have parts of a bucket write them there."""
 
-    def __init__(self, nbytes: int):
-        self._buffers = [SharedMemoryBuffer.create(nbytes) for _ in range(N_SLOTS)]  # pages are taken when first written
+    def __init__(self, buffers: list[SharedMemoryBuffer]):
+        """Use `create` or `attach`."""
+        self._buffers = buffers
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedMemorySendBuffer:
+        """Room of `nbytes` per slot; pages are taken when they are first written."""
+        return cls([SharedMemoryBuffer.create(nbytes) for _ in range(N_SLOTS)])
+
+    @classmethod
+    def attach(cls, names: list[str]) -> SharedMemorySendBuffer:
+        """What another rank has created under these names."""
+        return cls([SharedMemoryBuffer.attach(name) for name in names])
+
+    @property
+    def names(self) -> list[str]:
+        """For `attach`."""
+        return [buffer.name for buffer in self._buffers]
 
     def begin_update(self) -> None:
         """Nothing to do."""
@@ -220,16 +237,20 @@ def _replay(plan: Export, actors, engines, *, version: int, record_digests: bool
     engines.start_weight_update(plan.sources, record_digests=record_digests)
     if connected:
         connected()
-    assembled = actors.export_bucket(0)
+    # Every slot has a bucket under way, and takes the next one as soon as the engines have loaded it. A broadcast comes before
+    # the next bucket: the engines wait for it.
+    n_ahead = 1 if plan.sources else N_SLOTS
+    assembled = deque(actors.export_bucket(bucket) for bucket in range(min(n_ahead, plan.n_buckets)))
     for bucket in range(plan.n_buckets):
-        payloads = merge_payloads(assembled(), straight=plan.straight)
+        payloads = merge_payloads(assembled.popleft()(), straight=plan.straight)
         delivered = actors.deliver_bucket(bucket) if plan.sources else None
-        if bucket + 1 < plan.n_buckets:
-            # Into the other slot, whose bucket the engines have loaded before this one.
-            assembled = actors.export_bucket(bucket + 1)
+        if delivered and bucket + 1 < plan.n_buckets:
+            assembled.append(actors.export_bucket(bucket + 1))
         engines.update_weights(payloads)
         if delivered:
             delivered()
+        elif bucket + N_SLOTS < plan.n_buckets:
+            assembled.append(actors.export_bucket(bucket + N_SLOTS))
     engines.finish_weight_update(version)
 
 

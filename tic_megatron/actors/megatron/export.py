@@ -34,9 +34,10 @@ SAFETENSORS_BYTES = 4 * 2**30
 class WeightExporter:
     """This rank's part in exporting the weights, which replays the plan; a collective of all actor ranks.
 
-    On a CPU, and where engines have GPUs of their own, the first rank of each pipeline stage assembles the stage's buckets. For
-    engines on the actors' GPUs every rank assembles every bucket on its own GPU, where the engine beside it opens it. Where an
-    engine's shards are the actors' (`ExportLayout.straight`), every rank's bucket is its own shards.
+    On a CPU the ranks of each pipeline stage write the stage's buckets into memory that they share. Where engines have GPUs of
+    their own, the stage's first rank assembles them. For engines on the actors' GPUs every rank assembles every bucket on its own
+    GPU, where the engine beside it opens it. Where an engine's shards are the actors' (`ExportLayout.straight`), every rank's
+    bucket is its own shards.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class WeightExporter:
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.transport = transport
         self.buffer: SendBuffer | None = None
+        self._shared: dict[bool, SharedMemorySendBuffer] = {}
         self._outgoing: Tensor | None = None
         self.use_plan(plan_export(self.hf, layout, dtype, max_bytes))
 
@@ -69,6 +71,7 @@ class WeightExporter:
         """Start an update. `host`: address of this machine, for engines on others."""
         if self.buffer is None:
             self.buffer = self._make_buffer()
+            self._share_buffers()
         sources = []
         if self.buffer is not None:
             self.buffer.begin_update()
@@ -86,8 +89,12 @@ class WeightExporter:
         bucket, slot = self.plan[index], index % N_SLOTS
         everywhere = self.transport == "cuda_ipc"
         if bucket.stage == self.stage and (everywhere or self._takes_part(bucket)):
-            flat = None if self.buffer is None else self.buffer.flat(slot)[: bucket.nbytes]
-            self._assemble(bucket, self._own[index], flat, everywhere=everywhere)
+            buffer = self._shared.get(bucket.is_expert, self.buffer)
+            flat = None if buffer is None else buffer.flat(slot)[: bucket.nbytes]
+            if self.transport == "shared_memory":
+                self._write(self._own[index], flat)
+            else:
+                self._assemble(bucket, self._own[index], flat, everywhere=everywhere)
         if everywhere and self.layout.n_stages > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             dist.broadcast(self.buffer.flat(slot)[: bucket.nbytes], group=group, group_src=bucket.stage)
@@ -145,6 +152,9 @@ class WeightExporter:
     def close(self) -> None:
         """Free the buffers."""
         self._outgoing = None
+        for shared in self._shared.values():
+            shared.close()
+        self._shared = {}
         if self.buffer is not None:
             self.buffer.close()
             self.buffer = None
@@ -180,7 +190,18 @@ class WeightExporter:
             return None
         if self.transport == "broadcast":
             return BroadcastSendBuffer(max(mine), self.device, source=self.stage)
-        return SharedMemorySendBuffer(max(mine))
+        return SharedMemorySendBuffer.create(max(mine))
+
+    def _share_buffers(self) -> None:
+        """Open the shared memory of the first of each group whose buckets this rank has a part of."""
+        if self.transport != "shared_memory" or self.layout.straight:
+            return
+        for bucket in {b.is_expert: b for b in self.plan if self._takes_part(b)}.values():
+            group = self._group(bucket)
+            names = [self.buffer.names if group.rank() == 0 else None]
+            dist.broadcast_object_list(names, group=group, group_src=0)
+            if group.rank() > 0:
+                self._shared[bucket.is_expert] = SharedMemorySendBuffer.attach(names[0])
 
     def _region(self, nbytes: int) -> Tensor:
         """Room for what this rank sends to the first of its group, the same in every bucket: an allocator may keep many."""
