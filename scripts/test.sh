@@ -4,6 +4,8 @@
 #   ./scripts/test.sh [--full] [arguments of pytest]
 #
 # Without --full the long proofs (marked `slow`) are left out.
+#
+#   TIC_TEST_WORKERS  files of tests that run at the same time (default: 2; a test that runs the whole stack takes up to 6 GiB)
 set -euo pipefail
 
 # shellcheck source=scripts/environment.sh
@@ -20,4 +22,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
+# In the order of the files, not the one with most tests first: the longest have few.
+exec python -m pytest -n "${TIC_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+  ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
