@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 
 from tic_megatron.actors.megatron.metadata import check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, load_state
+from tic_megatron.cli import main
 from tic_megatron.config import SettingsError
 
 
@@ -101,6 +102,20 @@ def test_checkpoints_after_the_one_that_a_run_continues_from_are_moved_aside(sav
     saved.set_aside_after(20)
     assert saved.find("auto") == (older, [])
     assert (saved.folder / "step_30.replaced").is_dir()
+
+
+def test_an_unreadable_manifest_is_told_apart_from_none(saved):
+    manifest = saved.folder / "step_30" / MANIFEST
+    manifest.unlink()
+    assert f"no {MANIFEST}" in find_damage(manifest.parent)
+    manifest.mkdir()  # which cannot be read even by root
+    assert "cannot be read (Is a directory)" in find_damage(manifest.parent)
+
+
+def test_an_export_that_was_killed_is_in_nobodys_way(tmp_path, capsys):
+    (tmp_path / ".out.unfinished" / "part").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "there is no" in capsys.readouterr().err
 
 
 def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):

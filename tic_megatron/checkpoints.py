@@ -29,7 +29,8 @@ class RunState:
     """What the driver has to remember beside the actors' weights and optimizer.
 
     `step`: last finished step; `cursor`: place in the training problems; `accuracy_before`, `accuracy`: measured before
-    step 1 and last, as `benchmarks_before`, `benchmarks` by their names; `wall_s`: seconds spent so far.
+    step 1 and last, as `benchmarks_before`, `benchmarks` by their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of
+    the user's Python files, by the setting that names them.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class RunState:
     benchmarks_before: dict[str, float] = field(default_factory=dict)
     benchmarks: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
+    programs: dict[str, str] = field(default_factory=dict)
 
 
 class CheckpointError(RuntimeError):
@@ -203,8 +205,10 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"{checkpoint} is not a complete checkpoint (no {MANIFEST})"
+    except OSError as error:
+        return f"{checkpoint} cannot be used: its {MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{checkpoint} is damaged: its {MANIFEST} cannot be read"
     try:
