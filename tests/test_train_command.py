@@ -19,13 +19,13 @@ from tests.bad_input.folder_cases import STEP_1, STEP_2, make_run
 from tests.models import make_tiny_qwen3
 from tests.rollouts import random_rollout
 from tests.workspace import make_workspace, refusal, settings_of, write_rows
-from tic_megatron.checkpoints import CheckpointError, Checkpoints
+from tic_megatron.checkpoints import CheckpointError, Checkpoints, RunState
 from tic_megatron.cli import main
 from tic_megatron.commands.engine_layout import check_engine_devices, check_engine_memory, core_warnings
 from tic_megatron.commands.model_files import count_parameters
 from tic_megatron.commands.preflight import preflight
 from tic_megatron.commands.run_folder import begin_state
-from tic_megatron.config import SettingsError
+from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.rollouts import write_rollout
 
@@ -496,6 +496,32 @@ def test_a_reward_or_plugin_of_another_content_is_another_run(workspace, capfd, 
     assert main(command) == 0  # the checkpoint since is of the new one
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"data.eval": "/elsewhere/held.jsonl", "eval.benchmarks": ["aime24"], "actor.threads": 2}, True),
+        ({"data.eval": "/there/other.jsonl"}, False),
+        ({"data.eval": None}, False),
+        ({"data.eval_limit": 7}, False),
+        ({"eval.samples": 4}, False),
+    ],
+)
+def test_accuracies_are_compared_with_those_of_the_same_kind(tmp_path, changes, kept):
+    settings = Settings()
+    settings.data.eval = "/there/held.jsonl"
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = RunState(step=3, accuracy_before=0.25, accuracy=0.5, benchmarks_before={"aime24": 0.125})
+    checkpoints.save(state, lambda folder: lambda: True, lambda folder: settings.save(folder / "config.yaml"))
+    assert checkpoints.finish() is None
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        setattr(getattr(settings, section), name, value)
+    found = begin_state(tmp_path / "checkpoints" / "step_3", settings)
+    assert (found.accuracy_before, found.benchmarks_before) == ((0.25, {"aime24": 0.125}) if kept else (None, {}))
+    assert (found.step, found.accuracy) == (3, 0.5)
+
+
 def test_a_restart_goes_on_from_the_checkpoint_that_was_named(workspace, forked_trainer):
     make_run(workspace)
     shutil.copytree(workspace.root / STEP_1, workspace.root / "kept")
@@ -539,6 +565,11 @@ def test_a_folder_that_another_process_uses_is_refused(workspace, capfd, trainer
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process is at work in" in refusal(capfd, workspace.base)
     assert main(workspace.base) == 0  # it is free again
+
+
+def test_an_address_with_a_key_is_not_told(trained, capfd):
+    for address in ("http://host/grade?api_key=hush", "http://me:hush@host/grade", "http://me:hush@host:port/grade?key=hush"):
+        assert "hush" not in refusal(capfd, [*trained.base, f"--reward.function={address}"])
 
 
 def test_what_there_is_to_continue_from_is_seen_under_the_lock(trained, monkeypatch):

@@ -13,6 +13,7 @@ import yaml
 
 from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, load_state
 from tic_megatron.config import GRADING_ONLY, Settings, SettingsError
+from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.preemption import MARKER
 
@@ -113,10 +114,21 @@ def digest_programs(settings: Settings) -> dict[str, str]:
 
 
 def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
-    """What a driver starts with: the checkpoint's state, or a new one; with the programs that it will run."""
+    """What a driver starts with: the checkpoint's state, or a new one; with the programs that it will run, and without
+    accuracies that those to come cannot be compared with."""
     state = load_state(checkpoint) if checkpoint else RunState()
     state.programs = digest_programs(settings)
+    if checkpoint and (checkpoint / SETTINGS_FILE).exists() and _measures_otherwise(_all_changes(checkpoint, settings)):
+        state.accuracy_before, state.benchmarks_before = None, {}
     return state
+
+
+def _measures_otherwise(changes: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether held-out problems are others, or answered in another way. They may have moved, and benchmarks have names."""
+    there, here = changes.pop("data.eval", (None, None))
+    moved = bool(there and here) and eval_name(there) == eval_name(here)
+    others = {key for key in changes if key == "data.eval_limit" or key.startswith("eval.")} - {"eval.benchmarks"}
+    return (there != here and not moved) or bool(others)
 
 
 def check_programs(checkpoint: Path, state: RunState, settings: Settings) -> None:

@@ -36,7 +36,7 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         # Until another process leaves the folder, what there is to continue from may change.
         locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
-        with taking_signals(lambda number: os._exit(_leave(folder, number))):
+        with taking_signals(lambda number: os._exit(_leave(settings, number))):
             inputs = preflight(settings)
         if not locked:
             _lock(folder, stack)
@@ -53,7 +53,7 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
         last_step=lambda: last_step(folder / METRICS_FILE),
-        leave=lambda number: _leave(folder, number),
+        leave=lambda number: _leave(settings, number),
         note=say,
     )
     if code != 0:
@@ -61,14 +61,20 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     return code
 
 
-def _leave(folder: Path, number: signal.Signals) -> int:
+def _leave(settings: Settings, number: signal.Signals) -> int:
     """The driver was told to leave and could not save: what it saved before is what the next one continues from."""
     if number == signal.SIGINT:
         return 130
+    folder = Path(settings.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, number.name, last_step(folder / METRICS_FILE))
-    say(f"left at {number.name} without saving; the same command continues from the last checkpoint in {folder}")
+    say(f"left at {number.name} without saving; {_what_continues(settings)} from the last checkpoint in {folder}")
     return 0
+
+
+def _what_continues(settings: Settings) -> str:
+    without = "" if settings.run.resume == "auto" else " without --run.resume"  # which would begin again, or refuse to
+    return f"the same command{without} continues"
 
 
 def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
@@ -80,12 +86,13 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
 
         summary = train(settings, _continue(inputs, settings) if attempt else inputs)
         if summary is None:
-            say(f"{(folder / MARKER).read_text().strip()}; the same command continues")
+            say(f"{(folder / MARKER).read_text().strip()}; {_what_continues(settings)}")
         else:
             print_summary(summary, folder)
         return 0
 
-    return drive(work, folder, what="run", interrupted=f"the same command continues from the last checkpoint in {folder}")
+    continues = f"{_what_continues(settings)} from the last checkpoint in {folder}"
+    return drive(work, folder, what="run", interrupted=continues)
 
 
 def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
