@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -149,8 +150,8 @@ class Checkpoints:
                 self._set_aside(checkpoint)
 
     def _set_aside(self, checkpoint: Path) -> None:
-        number = sum(1 for _ in self.folder.glob(f"{checkpoint.name}.replaced*"))
-        checkpoint.rename(self.folder / f"{checkpoint.name}.replaced{number or ''}")
+        names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
+        checkpoint.rename(next(place for name in names if not (place := self.folder / name).exists()))
 
     def _fail(self, step: int, unfinished: Path, error: Exception) -> None:
         reason = disk_problem(error, unfinished) if isinstance(error, OSError) else str(error)
