@@ -195,13 +195,15 @@ def bad_updates(rank: int, world_size: int, master: str, model: str, layouts: li
 
     results = []
     for i, layout in enumerate(layouts):
-        value = layout.pop("value")
+        value, loss_scale = layout.pop("value"), layout.pop("loss_scale", None)
         settings = layout_settings(world_size, objective="tic_grpo", **layout)
         if i == 0:
             device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
         else:
             runtime.arrange(settings.actor, seed=0)
         backend = MegatronBackend(settings, model, device)
+        for scaler in backend.grad_scalers if loss_scale else []:
+            scaler._scale.fill_(loss_scale)
         groups = rollout(backend.hf.vocab_size)[:9]
         step = PolicyStep(backend, settings)
         step.load(pack_rollout(groups, 3, Packing.of(settings))[backend.data_parallel_rank])

@@ -8,14 +8,17 @@ import random
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
+from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.megatron.metadata import check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, load_state
-from tic_megatron.config import SettingsError
+from tic_megatron.cli import main
+from tic_megatron.config import Settings, SettingsError
 
 
 def write_actors(folder, step):
@@ -103,6 +106,20 @@ def test_checkpoints_after_the_one_that_a_run_continues_from_are_moved_aside(sav
     assert (saved.folder / "step_30.replaced").is_dir()
 
 
+def test_an_unreadable_manifest_is_told_apart_from_none(saved):
+    manifest = saved.folder / "step_30" / MANIFEST
+    manifest.unlink()
+    assert f"no {MANIFEST}" in find_damage(manifest.parent)
+    manifest.mkdir()  # which cannot be read even by root
+    assert "cannot be read (Is a directory)" in find_damage(manifest.parent)
+
+
+def test_an_export_that_was_killed_is_in_nobodys_way(tmp_path, capsys):
+    (tmp_path / ".out.unfinished" / "part").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "there is no" in capsys.readouterr().err
+
+
 def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):
     for step in (20, 30):
         flip(files(saved.folder / f"step_{step}")[0])
@@ -119,6 +136,27 @@ def test_what_was_damaged_is_not_overwritten(saved):
         assert saved.find("auto")[0].name == "step_30"
         aside = saved.folder / f"step_30.replaced{number}"
         assert (aside / damaged.relative_to(saved.folder / "step_30")).read_bytes() == content
+
+
+def test_what_is_moved_aside_takes_a_free_name(saved):
+    for number in ("", "1"):
+        (saved.folder / f"step_30.replaced{number}").mkdir()
+    (saved.folder / "step_30.replaced").rmdir()  # by somebody who needs room
+    (saved.folder / "step_30.replaced1" / "kept").touch()
+    saved.set_aside_after(20)
+    assert (saved.folder / "step_30.replaced" / MANIFEST).is_file()
+
+
+def test_ranks_that_never_write_cost_the_checkpoint_and_not_the_run(saved):
+    settings = Settings()
+    settings.cluster.timeout_s = 0.1
+    pool = SimpleNamespace(
+        call=lambda method, *_: {"begin_checkpoint": None, "checkpoint_written": [{"entries": []}, None]}[method]
+    )
+    saved.save(RunState(step=40), ActorGroup(settings, pool, []).begin_checkpoint, write_model)
+    problem = saved.finish(timeout_s=20)
+    assert "1 of 2 ranks, rank 1 first, have not written to" in problem and "cluster.timeout_s" in problem
+    assert names(saved) == ["step_20", "step_30"]
 
 
 class Writers:

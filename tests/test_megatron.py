@@ -231,6 +231,7 @@ LAYOUTS_OF_BAD_UPDATES = [
     {"pp": 2, "value": math.inf, "precision": "bf16"},
     {"distributed": True, "value": math.nan},
     {"pp": 2, "value": math.nan, "precision": "fp16"},
+    {"pp": 2, "value": math.nan, "precision": "fp16", "loss_scale": 1.0},  # which cannot be lowered
 ]
 
 
@@ -248,18 +249,18 @@ def test_updates_with_numbers_that_are_not_finite_are_skipped_by_all_ranks(rank_
         reports = [view for view in views if view["stats"][0] is not None]
         assert len(reports) == (2 if "distributed" in layout else 1)
         updates = bad_logprobs, bad_gradient, good = list(zip(*(view["stats"] for view in reports), strict=True))
-        fp16 = layout.get("precision") == "fp16"
+        overflow = layout.get("precision") == "fp16" and "loss_scale" not in layout
         assert [s.bad_prompts for s in bad_logprobs] == [view["first"] for view in reports], layout
         assert not any(s.result.applied or s.result.overflow for s in bad_logprobs), layout
         assert not any(s.result.applied for s in bad_gradient), layout
-        assert all(s.result.overflow == fp16 for s in bad_gradient), layout
+        assert all(s.result.overflow == overflow for s in bad_gradient), layout
         assert all(s.result.applied and s.result.grad_norm > 0 and not s.bad_prompts for s in good), layout
         metrics = update_metrics(updates, [])
         assert metrics["policy/skipped_updates"] == 2
         assert metrics["policy/bad_trajectories"] == sum(len(view["first"]) for view in reports) > 0
         assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] == good[0].result.grad_norm
         # An overflow of fp16's loss scale is no fault to report.
-        assert [s.index for s in skipped_updates(updates)] == ([0] if fp16 else [0, 1])
+        assert [s.index for s in skipped_updates(updates)] == ([0] if overflow else [0, 1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -9,7 +9,7 @@ import pytest
 from tests.rollouts import group_of
 from tests.workspace import settings_of
 from tic_megatron.config import RewardSettings, RewardTerm, SettingsError
-from tic_megatron.rewards import RewardWorkers, is_dense, read_terms
+from tic_megatron.rewards import GradeReport, RewardWorkers, is_dense, read_terms
 from tic_megatron.rewards.background import BackgroundGrader
 
 STYLE = """
@@ -49,6 +49,15 @@ def test_what_a_sum_says(text: str, terms: list[tuple[float, str]]) -> None:
     assert RewardSettings(function=text).terms == [RewardTerm(*term) for term in terms]
     again = " + ".join(map(str, RewardSettings(function=text).terms))
     assert RewardSettings(function=again).terms == [RewardTerm(*term) for term in terms]
+
+
+def test_means_do_not_depend_on_which_were_graded_together() -> None:
+    rewards = [0.1, 0.2, 0.3, 1e16, -1e16, 0.7, 0.1]
+    whole = GradeReport(graded=7, terms={"math": rewards})
+    parts = GradeReport()
+    for part in (rewards[4:], rewards[:3], rewards[3:4]):
+        parts.add(GradeReport(graded=len(part), terms={"math": part}))
+    assert parts.metrics() == whole.metrics() and whole.metrics()["reward/math_mean"] == pytest.approx(0.2)
 
 
 def test_kinds_of_terms() -> None:

@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.bad_input.folder_cases import STEP_1, STEP_2, make_run
 from tests.models import make_tiny_qwen3
 from tests.rollouts import random_rollout
 from tests.workspace import make_workspace, refusal, settings_of, write_rows
-from tic_megatron.checkpoints import CheckpointError
+from tic_megatron.checkpoints import CheckpointError, Checkpoints, RunState
 from tic_megatron.cli import main
 from tic_megatron.commands.engine_layout import check_engine_devices, check_engine_memory, core_warnings
 from tic_megatron.commands.model_files import count_parameters
 from tic_megatron.commands.preflight import preflight
-from tic_megatron.config import SettingsError
+from tic_megatron.commands.run_folder import begin_state
+from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.rollouts import write_rollout
 
@@ -467,6 +469,76 @@ def test_more_steps_are_another_run_when_the_learning_rate_decays(workspace, cap
     assert "trainer.steps (100 there, 200 here)" in refusal(capfd, [*decay, "--trainer.steps=200"])
 
 
+def test_a_reward_or_plugin_of_another_content_is_another_run(workspace, capfd, trainer):
+    programs = {name: workspace.root / f"{name}.py" for name in ("grade", "add")}
+    programs["grade"].write_text("def grade(response): return 1.0\n")
+    programs["add"].write_text("x = 1\n")
+    command = [*workspace.base, "--reward.function=grade.py:grade", "--algorithm.plugin=add.py"]
+
+    def train(settings, inputs):
+        checkpoints = Checkpoints(Path(settings.run.dir), keep=1)
+        checkpoints.save(begin_state(inputs.checkpoint, settings), lambda folder: lambda: True, lambda folder: None)
+        checkpoints.finish()
+        return finish([0.5])(settings, inputs)
+
+    trainer(train)
+    for _ in range(2):
+        assert main(command) == 0
+    capfd.readouterr()
+    for name, setting in (("grade", "reward.function"), ("add", "algorithm.plugin")):
+        before = programs[name].read_text()
+        programs[name].write_text(before + "# changed\n")
+        line = refusal(capfd, command)
+        assert f"{setting}: {programs[name]}" in line and f"--run.allow_change {setting}" in line
+        if name == "grade":
+            programs[name].write_text(before)
+    assert main([*command, "--run.allow_change=algorithm.plugin"]) == 0
+    assert main(command) == 0  # the checkpoint since is of the new one
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"data.eval": "/elsewhere/held.jsonl", "eval.benchmarks": ["aime24"], "actor.threads": 2}, True),
+        ({"data.eval": "/there/other.jsonl"}, False),
+        ({"data.eval": None}, False),
+        ({"data.eval_limit": 7}, False),
+        ({"eval.samples": 4}, False),
+    ],
+)
+def test_accuracies_are_compared_with_those_of_the_same_kind(tmp_path, changes, kept):
+    settings = Settings()
+    settings.data.eval = "/there/held.jsonl"
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = RunState(step=3, accuracy_before=0.25, accuracy=0.5, benchmarks_before={"aime24": 0.125})
+    checkpoints.save(state, lambda folder: lambda: True, lambda folder: settings.save(folder / "config.yaml"))
+    assert checkpoints.finish() is None
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        setattr(getattr(settings, section), name, value)
+    found = begin_state(tmp_path / "checkpoints" / "step_3", settings)
+    assert (found.accuracy_before, found.benchmarks_before) == ((0.25, {"aime24": 0.125}) if kept else (None, {}))
+    assert (found.step, found.accuracy) == (3, 0.5)
+
+
+def test_a_restart_goes_on_from_the_checkpoint_that_was_named(workspace, forked_trainer):
+    make_run(workspace)
+    shutil.copytree(workspace.root / STEP_1, workspace.root / "kept")
+
+    def train(settings, inputs):
+        with (workspace.root / "seen").open("a") as seen:
+            seen.write(f"{inputs.checkpoint.name} ")
+        if len((workspace.root / "seen").read_text().split()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # before it has saved anything
+        return finish([0.5])(settings, inputs)
+
+    forked_trainer(train)
+    assert main([*workspace.base, "--run.resume=kept"]) == 0
+    assert (workspace.root / "seen").read_text().split() == ["kept", "kept"]
+    assert (workspace.root / f"{STEP_2}.replaced").is_dir()
+
+
 def test_never_resuming_refuses_any_run(trained, capfd):
     assert "holds a run already" in refusal(capfd, [*trained.base, "--run.resume=never"])
 
@@ -493,6 +565,40 @@ def test_a_folder_that_another_process_uses_is_refused(workspace, capfd, trainer
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process is at work in" in refusal(capfd, workspace.base)
     assert main(workspace.base) == 0  # it is free again
+
+
+def test_an_address_with_a_key_is_not_told(trained, capfd):
+    for address in ("http://host/grade?api_key=hush", "http://me:hush@host/grade", "http://me:hush@host:port/grade?key=hush"):
+        assert "hush" not in refusal(capfd, [*trained.base, f"--reward.function={address}"])
+
+
+def test_what_there_is_to_continue_from_is_seen_under_the_lock(trained, monkeypatch):
+    def look(settings):
+        with (trained.root / "run" / ".lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise SettingsError("seen")
+
+    monkeypatch.setattr("tic_megatron.commands.train.preflight", look)
+    assert main(trained.base) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_told_to_leave_during_the_checks(workspace, monkeypatch, number):
+    def wait(settings):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr("tic_megatron.commands.train.preflight", wait)
+    monkeypatch.setattr("tic_megatron.commands.train.os._exit", sys.exit)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(workspace.base)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert end.value.code == 0
+    assert (workspace.root / "run" / "requeue").read_text() == f"left at {number.name} after step 0\n"
 
 
 @pytest.mark.parametrize(

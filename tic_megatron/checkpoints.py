@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -29,7 +30,8 @@ class RunState:
     """What the driver has to remember beside the actors' weights and optimizer.
 
     `step`: last finished step; `cursor`: place in the training problems; `accuracy_before`, `accuracy`: measured before
-    step 1 and last, as `benchmarks_before`, `benchmarks` by their names; `wall_s`: seconds spent so far.
+    step 1 and last, as `benchmarks_before`, `benchmarks` by their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of
+    the user's Python files, by the setting that names them.
     """
 
     step: int = 0
@@ -39,6 +41,7 @@ class RunState:
     benchmarks_before: dict[str, float] = field(default_factory=dict)
     benchmarks: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
+    programs: dict[str, str] = field(default_factory=dict)
 
 
 class CheckpointError(RuntimeError):
@@ -147,8 +150,8 @@ class Checkpoints:
                 self._set_aside(checkpoint)
 
     def _set_aside(self, checkpoint: Path) -> None:
-        number = sum(1 for _ in self.folder.glob(f"{checkpoint.name}.replaced*"))
-        checkpoint.rename(self.folder / f"{checkpoint.name}.replaced{number or ''}")
+        names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
+        checkpoint.rename(next(place for name in names if not (place := self.folder / name).exists()))
 
     def _fail(self, step: int, unfinished: Path, error: Exception) -> None:
         reason = disk_problem(error, unfinished) if isinstance(error, OSError) else str(error)
@@ -203,8 +206,10 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"{checkpoint} is not a complete checkpoint (no {MANIFEST})"
+    except OSError as error:
+        return f"{checkpoint} cannot be used: its {MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{checkpoint} is damaged: its {MANIFEST} cannot be read"
     try:

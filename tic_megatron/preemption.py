@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +60,19 @@ class Preemption:
         if self._breakable:
             self._breakable = False
             raise Preempted(self.signal)
+
+
+@contextmanager
+def taking_signals(leave: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Around the checks before a run, in which there is nothing to save, and which may take minutes: `leave` is called when told
+    to leave. In the main thread."""
+    taken = [n for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda n, frame: leave(signal.Signals(n))) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def mark(run_dir: Path, signal_name: str, step: int) -> None:

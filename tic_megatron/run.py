@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tic_megatron.actors.group import ActorGroup
-from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, CheckpointError, Checkpoints, RunState, load_state
+from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, CheckpointError, Checkpoints, RunState
 from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
+from tic_megatron.commands.run_folder import begin_state
 from tic_megatron.config import EvalSettings, Settings
 from tic_megatron.data.packing import has_equal_rewards
 from tic_megatron.data.prompts import PromptCursor
@@ -79,7 +80,7 @@ class Run:
         settings, log_dir = self.settings, self.dir / "logs"
         self.checkpoints.remove_unfinished()
         checkpoint = self.inputs.checkpoint
-        self.state = load_state(checkpoint) if checkpoint else RunState()
+        self.state = begin_state(checkpoint, settings)
         self.checkpoints.set_aside_after(self.state.step)
         self._saved = self.state.step if checkpoint else None
         self.preemption.listen()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import yaml
 
 from tests.bad_input.cases import Case, Spoil, both, cut, folder, write
 from tests.workspace import settings_of, write_rows
-from tic_megatron.checkpoints import MODEL_FOLDER, Checkpoints, RunState, Written
+from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, Checkpoints, RunState, Written
 from tic_megatron.data.prompts import PromptCursor, load_prompts
 
 RUN = "run"
@@ -36,9 +37,12 @@ def make_run(workspace) -> None:
     for step in STEPS:
         cursor.next(4)
         state = RunState(step=step, cursor=cursor.state_dict())
-        checkpoints.save(
-            state, functools.partial(_save_actors, step=step), lambda place: config.save_pretrained(place / MODEL_FOLDER)
-        )
+
+        def describe(place: Path) -> None:
+            config.save_pretrained(place / MODEL_FOLDER)
+            settings.save(place / SETTINGS_FILE)
+
+        checkpoints.save(state, functools.partial(_save_actors, step=step), describe)
     assert checkpoints.finish() is None
 
 
@@ -210,6 +214,10 @@ def checkpoints() -> list[Case]:
         make_run(workspace)
         write_rows(workspace.root / "train.jsonl", [{"problem": f"{n}+2=", "answer": str(n + 2)} for n in range(10)])
 
+    def kept_elsewhere(workspace) -> None:
+        make_run(workspace)
+        shutil.move(workspace.root / STEP_2, workspace.root / "kept")
+
     def other_model(workspace) -> None:
         make_run(workspace)
         workspace.edit_config(rms_norm_eps=0.01)
@@ -228,6 +236,12 @@ def checkpoints() -> list[Case]:
         Case("named: misspelt", ("run.resume", "Auto"), flags=("--run.resume=Auto",)),
         Case("never over a run", ("run.dir", "holds a run already"), spoil=make_run, flags=("--run.resume=never",)),
         Case("other problems", ("data.train", "not those of the checkpoint"), spoil=other_problems),
+        Case(
+            "from a copy: other settings",
+            ("run.resume", "kept holds another run", "run.seed"),
+            spoil=kept_elsewhere,
+            flags=("--run.resume=kept", *other_seed[1:]),
+        ),
         Case("from elsewhere: other settings", ("run.resume", "run.seed"), spoil=make_run, flags=other_seed),
         Case("fewer steps than are done", ("trainer.steps", "step_2"), spoil=make_run, flags=("--trainer.steps=1",)),
     ]

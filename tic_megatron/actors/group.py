@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,12 +165,18 @@ class ActorGroup:
 
     def begin_checkpoint(self, directory: Path) -> Callable[[], bool]:
         """Copy weights and optimizer, and begin to write them. The function returned says whether it is done, without waiting,
-        from any thread; it raises CheckpointError if it cannot be done."""
+        from any thread; it raises CheckpointError if it cannot be done, or not in `cluster.timeout_s`."""
         self.pool.call("begin_checkpoint", str(directory))
+        timeout_s, begun = self.settings.cluster.timeout_s, time.monotonic()
 
         def written() -> bool:
             answers = self.pool.call("checkpoint_written")
             if None in answers:
+                if time.monotonic() - begun > timeout_s:
+                    raise CheckpointError(
+                        f"{answers.count(None)} of {len(answers)} ranks, rank {answers.index(None)} first, have not written "
+                        f"to {directory} in {timeout_s:g} s (cluster.timeout_s); see whether that file system hangs, or raise it"
+                    )
                 return False
             _check_written(answers, directory)
             _check_written(self.pool.call_each("complete_checkpoint", [(answers,)]), directory)

@@ -10,7 +10,7 @@ class UpdateResult:
     """What a backend reports of one optimizer update.
 
     `applied` is false when the update was skipped, on all ranks: for a loss or a gradient that is not finite on any of them.
-    `overflow`: it was fp16 arithmetic with finite losses, whose loss scale has been lowered. The norm of a skipped one is 0.
+    `overflow`: it was fp16 arithmetic with finite losses, whose loss scale is lowered for it. The norm of a skipped one is 0.
     """
 
     grad_norm: float

@@ -76,7 +76,7 @@ def choose_checkpoint(source: Path) -> Path:
 
 
 def _check_target(out: Path) -> Path:
-    target = Path(os.path.abspath(out.expanduser()))
+    target = Path(os.path.realpath(out.expanduser()))  # of a link, what it leads to: that can be put in place by a rename
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise SettingsError(f"export: {out} exists already; give a folder that does not, or an empty one")
     existing = next(path for path in target.parents if path.exists())
@@ -85,7 +85,8 @@ def _check_target(out: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = target.with_name(f".{target.name}.unfinished")
-        probe.mkdir(exist_ok=True)
+        shutil.rmtree(probe, ignore_errors=True)  # of an export that was killed
+        probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise SettingsError(f"export: {out} cannot be written ({disk_problem(error, target)})") from error

@@ -79,9 +79,9 @@ def preflight(settings: Settings) -> TrainInputs:
 
     Replaces `cluster.device: auto` by the device that there is.
     """
+    _check_reward(settings)  # first: the message about a run folder tells changed addresses
     check_run_folder(settings)
     check_logging(settings.logging)
-    _check_reward(settings)
     train_problems = read_problems(settings.data.train, settings.data)
     eval_problems = read_problems(settings.data.eval, settings.data, "data.eval") if settings.data.eval else []
     eval_problems = eval_problems[: settings.data.eval_limit]

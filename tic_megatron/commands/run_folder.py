@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -10,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from tic_megatron.checkpoints import Checkpoints, RunState, load_state
+from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, load_state
 from tic_megatron.config import GRADING_ONLY, Settings, SettingsError
+from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.preemption import MARKER
 
@@ -54,8 +56,9 @@ def check_run_folder(settings: Settings) -> None:
     if resume not in ("auto", "never"):
         if not Path(resume).exists():
             raise SettingsError(f"run.resume: there is no checkpoint {resume}; give auto, never, or a checkpoint's path")
-        origin = Path(resume).parent.parent  # RUN/checkpoints/step_N
-        if origin != folder and (origin / "config.yaml").exists():
+        origins = (Path(resume), Path(resume).parent.parent)  # a checkpoint has its settings with it; RUN/checkpoints/step_N
+        origin = next((origin for origin in origins if (origin / SETTINGS_FILE).exists()), None)
+        if origin is not None:
             _check_same_run("run.resume", origin, settings)
     if not (folder / "config.yaml").exists() and not has_trained(folder):
         return
@@ -77,7 +80,7 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
         return None, RunState(), problems
     try:
         state = load_state(checkpoint)
-        sound = type(state.step) is int and (state.cursor is None or _is_cursor(state.cursor))
+        sound = type(state.step) is int and (state.cursor is None or _is_cursor(state.cursor)) and type(state.programs) is dict
     except (OSError, ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -89,7 +92,55 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
             f"trainer.steps is {settings.trainer.steps}, but {checkpoint} has done {state.step}; give at least that, or another "
             "--run.dir"
         )
+    check_programs(checkpoint, state, settings)
     return checkpoint, state, problems
+
+
+def digest_programs(settings: Settings) -> dict[str, str]:
+    """SHA-256 of the user's Python files, by the setting that names them. What they import is not looked at."""
+    named = {
+        "reward.function": [term.function[0] for term in settings.reward.terms if term.function],
+        "algorithm.plugin": [settings.algorithm.plugin] if settings.algorithm.plugin else [],
+    }
+    digests = {}
+    for key, files in named.items():
+        try:
+            contents = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        except OSError:
+            continue  # who runs it says so
+        if contents:
+            digests[key] = "+".join(contents)
+    return digests
+
+
+def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
+    """What a driver starts with: the checkpoint's state, or a new one; with the programs that it will run, and without
+    accuracies that those to come cannot be compared with."""
+    state = load_state(checkpoint) if checkpoint else RunState()
+    state.programs = digest_programs(settings)
+    if checkpoint and (checkpoint / SETTINGS_FILE).exists() and _measures_otherwise(_all_changes(checkpoint, settings)):
+        state.accuracy_before, state.benchmarks_before = None, {}
+    return state
+
+
+def _measures_otherwise(changes: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether held-out problems are others, or answered in another way. They may have moved, and benchmarks have names."""
+    there, here = changes.pop("data.eval", (None, None))
+    moved = bool(there and here) and eval_name(there) == eval_name(here)
+    others = {key for key in changes if key == "data.eval_limit" or key.startswith("eval.")} - {"eval.benchmarks"}
+    return (there != here and not moved) or bool(others)
+
+
+def check_programs(checkpoint: Path, state: RunState, settings: Settings) -> None:
+    """Refuse to go on from a checkpoint with a file of the user's of the same name and another content."""
+    here = digest_programs(settings)
+    for key, digest in state.programs.items():
+        if here.get(key, digest) != digest and key not in settings.run.allow_change:
+            value = settings.flatten()[key]
+            raise SettingsError(
+                f"{key}: {value} has changed since {checkpoint} was written; restore the file, give another --run.dir, or "
+                f"continue with --run.allow_change {key}"
+            )
 
 
 def _is_cursor(cursor: Any) -> bool:
@@ -103,8 +154,8 @@ def _check_same_run(setting: str, folder: Path, settings: Settings) -> None:
     refused = {key: values for key, values in changes.items() if key not in settings.run.allow_change}
     if changes.get("actor.optimizer") == ("sgd", "adamw"):
         raise SettingsError(
-            f"run.dir: {folder} holds a run with actor.optimizer sgd, whose checkpoints have no moments for adamw; give another "
-            f"--run.dir, and its exported model (tic-megatron export {folder} OUT) as --model.path"
+            f"{setting}: {folder} holds a run with actor.optimizer sgd, whose checkpoints have no moments for adamw; give "
+            f"another --run.dir, and its exported model (tic-megatron export {folder} OUT) as --model.path"
         )
     if refused:
         listed = ", ".join(f"{key} ({old} there, {new} here)" for key, (old, new) in list(refused.items())[:4])

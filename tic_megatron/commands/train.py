@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tic_megatron.checkpoints import Checkpoints
+from tic_megatron.checkpoints import Checkpoints, load_state
 from tic_megatron.commands.driver import LOCK_FILE, drive, lock, say
 from tic_megatron.commands.preflight import TrainInputs, preflight
-from tic_megatron.commands.run_folder import has_trained, record_changes
+from tic_megatron.commands.run_folder import check_programs, has_trained, record_changes
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.files import atomic_writer
 from tic_megatron.observability.metrics import METRICS_FILE, last_step, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
-from tic_megatron.preemption import MARKER, mark
+from tic_megatron.preemption import MARKER, mark, taking_signals
 from tic_megatron.rewards.code import level_lines
 from tic_megatron.supervisor import supervise
 
@@ -32,8 +32,15 @@ def run(settings: Settings) -> int:
     """Train; returns the exit code. Raises SettingsError before anything has started when the input is bad."""
     check_settings(settings)
     settings = settings.resolve()
-    inputs = preflight(settings)
-    with _run_folder(settings) as folder:
+    folder = Path(settings.run.dir)
+    with ExitStack() as stack:
+        # Until another process leaves the folder, what there is to continue from may change.
+        locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
+        with taking_signals(lambda number: os._exit(_leave(settings, number))):
+            inputs = preflight(settings)
+        if not locked:
+            _lock(folder, stack)
+        _prepare(folder, settings, inputs)
         for warning in inputs.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         for line in level_lines(settings.reward, [settings.reward.function, *(x.benchmark.reward for x in inputs.benchmarks)]):
@@ -46,7 +53,7 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
         last_step=lambda: last_step(folder / METRICS_FILE),
-        leave=lambda number: _leave(folder, number),
+        leave=lambda number: _leave(settings, number),
         note=say,
     )
     if code != 0:
@@ -54,13 +61,20 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     return code
 
 
-def _leave(folder: Path, number: signal.Signals) -> int:
+def _leave(settings: Settings, number: signal.Signals) -> int:
     """The driver was told to leave and could not save: what it saved before is what the next one continues from."""
     if number == signal.SIGINT:
         return 130
+    folder = Path(settings.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
     mark(folder, number.name, last_step(folder / METRICS_FILE))
-    say(f"left at {number.name} without saving; the same command continues from the last checkpoint in {folder}")
+    say(f"left at {number.name} without saving; {_what_continues(settings)} from the last checkpoint in {folder}")
     return 0
+
+
+def _what_continues(settings: Settings) -> str:
+    without = "" if settings.run.resume == "auto" else " without --run.resume"  # which would begin again, or refuse to
+    return f"the same command{without} continues"
 
 
 def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
@@ -72,37 +86,62 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
 
         summary = train(settings, _continue(inputs, settings) if attempt else inputs)
         if summary is None:
-            say(f"{(folder / MARKER).read_text().strip()}; the same command continues")
+            say(f"{(folder / MARKER).read_text().strip()}; {_what_continues(settings)}")
         else:
             print_summary(summary, folder)
         return 0
 
-    return drive(work, folder, what="run", interrupted=f"the same command continues from the last checkpoint in {folder}")
+    continues = f"{_what_continues(settings)} from the last checkpoint in {folder}"
+    return drive(work, folder, what="run", interrupted=continues)
 
 
 def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
-    """Those of a restart: it goes on from the run's own last checkpoint, once there is one."""
+    """Those of a restart: it goes on from the run's own last checkpoint, once there is one that comes from this start."""
     checkpoint, damaged = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).find("auto")
-    return inputs if checkpoint is None else replace(inputs, checkpoint=checkpoint, damaged=damaged)
+    if checkpoint is None:
+        return inputs
+    state = load_state(checkpoint)
+    if settings.run.resume != "auto" and inputs.checkpoint and state.step <= load_state(inputs.checkpoint).step:
+        return inputs  # of the run as it was before it went back to a named one
+    check_programs(checkpoint, state, settings)
+    return replace(inputs, checkpoint=checkpoint, damaged=damaged)
 
 
-@contextmanager
-def _run_folder(settings: Settings) -> Iterator[Path]:
-    """The folder with the run's settings in it, which is no other process's meanwhile (nor after this one is killed, while its
-    driver is still there)."""
-    folder = Path(settings.run.dir)
-    with ExitStack() as stack:
-        try:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            lock(stack.enter_context((folder / LOCK_FILE).open("w")), folder)
-            changes = record_changes(settings)
-            if changes:
-                print(changes, file=sys.stderr)
-            with atomic_writer(folder / "config.yaml") as file:
-                file.write(settings.to_yaml())
-        except OSError as error:
-            raise SettingsError(f"run.dir: {folder} cannot be written ({error.strerror}); give another --run.dir") from error
-        yield folder
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False  # the checks of the folder say why
+
+
+def _lock(folder: Path, stack: ExitStack) -> bool:
+    """Keep other processes out of the folder, also after this one is killed while its driver is still there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(stack.enter_context((folder / LOCK_FILE).open("w")), folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return True
+
+
+def _prepare(folder: Path, settings: Settings, inputs: TrainInputs) -> None:
+    """Write the settings down, and move checkpoints of later steps than the one that the run goes back to aside: a restart would
+    take the last of them."""
+    try:
+        (folder / "logs").mkdir(exist_ok=True)
+        changes = record_changes(settings)
+        if changes:
+            print(changes, file=sys.stderr)
+        with atomic_writer(folder / "config.yaml") as file:
+            file.write(settings.to_yaml())
+        step = load_state(inputs.checkpoint).step if inputs.checkpoint else 0
+        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_after(step)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> SettingsError:
+    return SettingsError(f"run.dir: {folder} cannot be written ({error.strerror}); give another --run.dir")
 
 
 def _forget_untrained(folder: Path) -> None:

@@ -184,8 +184,9 @@ class PromptCursor:
             self._start(state["seed"], state["epoch"] + 1, position=0)
         else:
             raise SettingsError(
-                "data.train: the training problems are not those of the checkpoint (rows, tokenizer, system prompt or length "
-                "limit have changed); restore them, give a new --run.dir, or allow it with --run.allow_change data.train"
+                "data.train: the training problems are not those of the checkpoint (rows, ids or, without ids, the file's "
+                "name, tokenizer, system prompt or length limit have changed); restore them, give a new --run.dir, or allow it "
+                "with --run.allow_change data.train"
             )
 
     def _start(self, seed: int, epoch: int, position: int) -> None:

@@ -42,7 +42,8 @@ class Endpoint:
         except ValueError:
             valid = False
         if not valid or any(character.isspace() for character in url):
-            raise SettingsError(f"reward.function: {url[:60]!r} is no address; give http://HOST:PORT/PATH")
+            place = url.partition("?")[0].rpartition("@")[2][:60]  # without a password or key
+            raise SettingsError(f"reward.function: {place!r} is no address; give http://HOST:PORT/PATH")
         secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if looks_secret(name)]
         if parts.username is not None or parts.password is not None or secrets:
             raise SettingsError(

@@ -34,7 +34,7 @@ class GradeReport:
 
     `failed`: the reward function raised an exception, or its process died, twice; `invalid`: it returned something else than a
     finite number (per token); `faults`: a line for each of these and for those that took too long, naming the prompt.
-    `terms`: of a sum, the sum of each term over the responses, without its weight.
+    `terms`: of a sum, each term's rewards, without its weight: what they add up to must not depend on which were graded together.
     """
 
     graded: int = 0
@@ -42,21 +42,21 @@ class GradeReport:
     failed: int = 0
     invalid: int = 0
     faults: list[str] = field(default_factory=list)
-    terms: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, other: GradeReport) -> None:
         """Count what the other report has, too."""
         for name in ("graded", "timed_out", "failed", "invalid", "faults"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name, value in other.terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value
+        for name, values in other.terms.items():
+            self.terms[name] = [*self.terms.get(name, []), *values]
 
     def metrics(self) -> dict[str, float]:
         """`reward/timed_out`, `reward/failed` and `reward/invalid`, and of a sum `reward/<term>_mean`; nothing where nothing was
         graded."""
         if not self.graded:
             return {}
-        means = {f"reward/{name}_mean": value / self.graded for name, value in self.terms.items()}
+        means = {f"reward/{name}_mean": math.fsum(values) / self.graded for name, values in self.terms.items()}
         return {f"reward/{kind}": float(getattr(self, kind)) for kind in FAULTS} | means
 
 
@@ -172,7 +172,7 @@ class RewardWorkers:
                 reward = [term.weight * x for x in value] if self._dense else reward + term.weight * value
             rewards.append(reward)
         if several:
-            report.terms = {name: math.fsum(job.rewards.values()) for name, job in jobs.items()}
+            report.terms = {name: list(job.rewards.values()) for name, job in jobs.items()}
         return rewards, report
 
     def _grade_in_workers(self, jobs: dict[str, _Job]) -> None:

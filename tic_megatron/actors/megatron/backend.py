@@ -186,11 +186,13 @@ class MegatronBackend:
             return UpdateResult(0.0, rate, applied=False)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # In fp16 an infinite gradient is the loss scale's: the optimizer skips the update by itself and lowers the scale.
+        # In fp16 an infinite gradient is the loss scale's: the optimizer skips the update by itself and lowers the scale, if it
+        # can be lowered.
+        lowest = any(scaler.scale <= scaler.min_scale for scaler in self.grad_scalers)
         applied, grad_norm, _ = self.optimizer.step()
         self._agree_on_loss_scale()
         self.updates_applied += bool(applied)
-        return UpdateResult(float(grad_norm or 0.0), rate, bool(applied), overflow=not applied)
+        return UpdateResult(float(grad_norm or 0.0), rate, bool(applied), overflow=not applied and not lowest)
 
     def _agree_on_loss_scale(self) -> None:
         """In fp16 with expert parallelism: the experts' optimizer has a loss scale of its own, which an overflow in their
