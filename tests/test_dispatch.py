@@ -121,6 +121,20 @@ def test_the_tail_is_not_cut_before_all_responses_have_begun():
     assert due == {80: False, 40: False, 9: False, 8: True, 1: True}
 
 
+def test_prompts_that_are_issued_again_are_not_cut():
+    """They begin when most of the others have ended: as the tail, they would be cut at their first tokens."""
+    work, engines = generation(prompts=20, n=4, engines=2, concurrent=64, cut_tail_fraction=0.9)
+    work._deal(engines)
+    for number in range(1, 20):
+        work._ledger.finish(number % 2, number)
+    work._lines[0].left = 4
+    assert work._cut_is_due()
+    work._lose(engines[0], "died")
+    assert work._deal(engines[1:]) == {1: [0]}
+    work._lines[1].left = 4
+    assert not work._cut_is_due()
+
+
 def test_an_engine_that_fails_whatever_it_is_asked_ends_the_run():
     """Instead of setting the step's prompts aside one by one, each at the price of an engine's start."""
     work, engines = generation(prompts=40, n=1, engines=1, concurrent=8)

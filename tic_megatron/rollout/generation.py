@@ -230,9 +230,11 @@ class Generation:
             raise EngineLostError(f"engine {engine.index}: {reason}")
 
     def _cut_is_due(self) -> bool:
-        """Whether so many responses have ended that the others are cut; not before all of them have been begun: of one that
-        waits in its engine there is nothing yet."""
+        """Whether so many responses have ended that the others are cut. Not before all of them have been begun: of one that
+        waits in its engine there is nothing yet; and not after prompts were issued again, of which there would be little."""
         fraction, lines = self._dispatch.cut_tail_fraction, self._lines.values()
-        if fraction is None or self._ledger.waiting or any(line.load > self._dispatch.concurrent for line in lines):
+        if fraction is None or self._ledger.waiting or self._outcome.reissued:
+            return False
+        if any(line.load > self._dispatch.concurrent for line in lines):
             return False
         return self._responses - sum(line.load for line in lines) >= fraction * self._responses

@@ -90,7 +90,7 @@ class SampledRollouts:
         self._counts = {"reissued_prompts": 0, "prompts_set_aside": 0, "cut_responses": 0}
         self._idle: list[float] = []
         self._n_transfers = 0
-        self._verified: set[int] = set()  # process ids
+        self._verified: set[tuple[int, int]] = set()  # engines and their process ids
         self._loaded_digests: dict[str, str] | None = None
         engines.revive = self._revive
 
@@ -234,17 +234,17 @@ class SampledRollouts:
     def _verify_due(self) -> bool:
         """Every so many transfers, and in the first of a process."""
         every = self.settings.rollout.verify_weights_every
-        unverified = {engine.pid for engine in self.engines.pool.loaded} - self._verified
+        unverified = {(engine.index, engine.pid) for engine in self.engines.pool.loaded} - self._verified
         return bool(unverified) or (every > 0 and self._n_transfers % every == 0)
 
     def _transferred(self, version: int, verified: bool) -> None:
         """After the first transfer of version 0 the engines must hold, bit by bit, what they had loaded themselves: the names,
         the shards and vLLM's processing of new weights are right."""
-        serving = {engine.index: engine.pid for engine in self.engines.serving()}
+        serving = {(engine.index, engine.pid) for engine in self.engines.serving()}
         if not serving:
             return
         self._n_transfers += 1
-        self._verified |= set(serving.values()) if verified else set()
+        self._verified |= serving if verified else set()
         expected, self._loaded_digests = self._loaded_digests, None
         if expected is None or version != 0:
             return
