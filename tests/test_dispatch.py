@@ -12,7 +12,7 @@ from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.dispatch import Ledger
 from tic_megatron.rollout.generation import MOST_FAILURES, Dispatch, Generation
 from tic_megatron.rollout.pool import Engine
-from tic_megatron.rollout.requests import SampleRequest
+from tic_megatron.rollout.requests import Sample, SampleRequest, SampleResponse, problem_of
 
 
 def test_every_prompt_is_answered_once_whatever_fails():
@@ -83,6 +83,25 @@ def test_dealt_prompts_of_a_lost_engine_go_to_the_others():
     assert ledger.take(0, None) == [0, 2]
     ledger.lose(1)  # before it had begun
     assert sorted(ledger.take(0, None)) == [1, 3]
+
+
+def test_rubbish_is_told_from_answers():
+    def problem(*samples, version=3):
+        request = SampleRequest((1, 2), 2, 1.0, 1.0, 4, 0)
+        return problem_of(SampleResponse(list(samples), version), request, vocabulary=100, weight_version=3)
+
+    good = Sample([0, 99, 5, 7], [-0.5, -1.0, 0.0, float("nan")], truncated=True)  # NaN is for the trainer to judge
+    assert problem(good, good) is None
+    assert problem(good, good, version=2) == "a response was made by weights of version 2, not 3"
+    assert problem(good) == "1 responses came back instead of 2"
+    for ids, logprobs, reason in (
+        ([], [], "a response has 0 tokens, not 1 to 4"),
+        ([1] * 5, [-0.5] * 5, "a response has 5 tokens, not 1 to 4"),
+        ([1, 2], [-0.5], "a response has 2 tokens and 1 log-probs"),
+        ([1, 100], [-0.5] * 2, "a response has a token outside of the vocabulary of 100"),
+        ([-1, 1], [-0.5] * 2, "a response has a token outside of the vocabulary of 100"),
+    ):
+        assert problem(good, Sample(ids, logprobs, truncated=False)) == reason
 
 
 def generation(*, prompts, n, engines, concurrent, cut_tail_fraction=None):
