@@ -18,6 +18,7 @@ from tests.models import make_tiny_qwen3
 from tests.processes import wait_until_gone
 from tic_megatron.config import Settings
 from tic_megatron.remote import WorkerError
+from tic_megatron.rollout import pool
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.source import SampledRollouts
 from tic_megatron.trajectory import Prompt
@@ -142,7 +143,8 @@ def test_an_engine_that_never_starts_is_named_at_once(start, tmp_path):
         start(2)
 
 
-def test_hung_and_stopped_processes_do_not_outlive_the_engines(start):
+def test_hung_and_stopped_processes_do_not_outlive_the_engines(start, monkeypatch):
+    monkeypatch.setattr(pool, "STOP_TIMEOUT_S", 2.0)
     group = start(2)
     pids = group.ready()
     os.kill(pids[0], signal.SIGSTOP)
