@@ -12,7 +12,7 @@ from pathlib import Path
 from tic_megatron.rollout.engine import EngineOptions
 from tic_megatron.rollout.requests import Advance, Progress, Sample, SampleRequest, SampleResponse
 
-DIE, HANG, RAISE, REFUSE, SHORT, FOREIGN, OLD, STRANGER, LONG = range(200, 209)
+DIE, HANG, RAISE, REFUSE, SHORT, FOREIGN, STRANGER = range(200, 207)
 """First token of a prompt: what the engine does when it works on it."""
 ONCE = 299
 """Second token: only the first time, in any process."""
@@ -87,23 +87,19 @@ class FakeEngine:
             raise RuntimeError("an illegal memory access")
 
     def _response(self, job: Job, *, cut: bool) -> SampleResponse:
-        request, version = job.request, self.version
+        request = job.request
         samples = [
             Sample([(request.seed + i + t) % 100 for t in range(job.tokens)], [-0.5] * job.tokens, cut, cut)
             for i in range(request.n)
         ]
-        deed = self._deed(request, SHORT, FOREIGN, OLD, LONG, STRANGER)
+        deed = self._deed(request, SHORT, FOREIGN, STRANGER)
         if deed == SHORT:
             samples[0].logprobs.pop()
         if deed == FOREIGN:
             samples[-1].token_ids[-1] = 100_000
-        if deed == OLD:
-            version -= 1
-        if deed == LONG:
-            samples[0] = Sample([1] * (request.max_tokens + 1), [-0.5] * (request.max_tokens + 1), False)
         if deed == STRANGER:
             job.number += 1000
-        return SampleResponse(samples, version)
+        return SampleResponse(samples, self.version)
 
     def start_weight_update(self, sources: list, first_rank: int, n_receivers: int, record_digests: bool) -> None:
         self.received = (sources, first_rank, n_receivers)

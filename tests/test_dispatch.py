@@ -1,11 +1,18 @@
-"""Every prompt is answered once, or set aside: the ledger alone."""
+"""Every prompt is answered once, or set aside; who gets it, and when the tail is cut: without engines."""
 
 from __future__ import annotations
 
 import collections
 import random
+from types import SimpleNamespace
 
+import pytest
+
+from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.dispatch import Ledger
+from tic_megatron.rollout.generation import MOST_FAILURES, Dispatch, Generation
+from tic_megatron.rollout.pool import Engine
+from tic_megatron.rollout.requests import Sample, SampleRequest, SampleResponse, problem_of
 
 
 def test_every_prompt_is_answered_once_whatever_fails():
@@ -76,3 +83,82 @@ def test_dealt_prompts_of_a_lost_engine_go_to_the_others():
     assert ledger.take(0, None) == [0, 2]
     ledger.lose(1)  # before it had begun
     assert sorted(ledger.take(0, None)) == [1, 3]
+
+
+def test_rubbish_is_told_from_answers():
+    def problem(*samples, version=3):
+        request = SampleRequest((1, 2), 2, 1.0, 1.0, 4, 0)
+        return problem_of(SampleResponse(list(samples), version), request, vocabulary=100, weight_version=3)
+
+    good = Sample([0, 99, 5, 7], [-0.5, -1.0, 0.0, float("nan")], truncated=True)  # NaN is for the trainer to judge
+    assert problem(good, good) is None
+    assert problem(good, good, version=2) == "a response was made by weights of version 2, not 3"
+    assert problem(good) == "1 responses came back instead of 2"
+    for ids, logprobs, reason in (
+        ([], [], "a response has 0 tokens, not 1 to 4"),
+        ([1] * 5, [-0.5] * 5, "a response has 5 tokens, not 1 to 4"),
+        ([1, 2], [-0.5], "a response has 2 tokens and 1 log-probs"),
+        ([1, 100], [-0.5] * 2, "a response has a token outside of the vocabulary of 100"),
+        ([-1, 1], [-0.5] * 2, "a response has a token outside of the vocabulary of 100"),
+    ):
+        assert problem(good, Sample(ids, logprobs, truncated=False)) == reason
+
+
+def generation(*, prompts, n, engines, concurrent, cut_tail_fraction=None):
+    """A rollout that has not begun, and its engines, which do nothing."""
+    places = [Engine(index, f"engine_{index}.log") for index in range(engines)]
+    return Generation(
+        SimpleNamespace(engines=places, fail=lambda *failure: None),
+        [SampleRequest((number,), n, 1.0, 1.0, 16, number) for number in range(prompts)],
+        Dispatch(concurrent, False, cut_tail_fraction, heartbeat_s=60.0, vocabulary=100),
+        order=list(range(prompts)),
+        answered=lambda number, response: None,
+        serving=lambda: places,
+        revive=lambda: None,
+    ), places
+
+
+def test_few_prompts_are_spread_over_all_engines():
+    """Though one engine could take them all. Longest first, so each begins with a long one."""
+    work, engines = generation(prompts=7, n=4, engines=3, concurrent=256)
+    assert work._deal(engines) == {0: [0, 3, 6], 1: [1, 4], 2: [2, 5]}
+    assert work._deal(engines) == {0: [], 1: [], 2: []}
+
+
+def test_an_engine_gets_one_prompt_more_than_it_has_room_for():
+    work, engines = generation(prompts=20, n=4, engines=2, concurrent=8)
+    assert work._deal(engines) == {0: [0, 2, 4], 1: [1, 3, 5]}
+    work._lines[0].left, work._lines[1].left = 12, 7  # the first is still full, the other has room for one
+    assert work._deal(engines) == {0: [], 1: [6, 7]}
+
+
+def test_the_tail_is_not_cut_before_all_responses_have_begun():
+    """One engine is given everything at once, and begins with what it has room for: the others would be of a single token."""
+    work, engines = generation(prompts=20, n=4, engines=1, concurrent=8, cut_tail_fraction=0.5)
+    assert work._deal(engines) == {0: list(range(20))}
+    due = {left: setattr(work._lines[0], "left", left) or work._cut_is_due() for left in (80, 40, 9, 8, 1)}
+    assert due == {80: False, 40: False, 9: False, 8: True, 1: True}
+
+
+def test_prompts_that_are_issued_again_are_not_cut():
+    """They begin when most of the others have ended: as the tail, they would be cut at their first tokens."""
+    work, engines = generation(prompts=20, n=4, engines=2, concurrent=64, cut_tail_fraction=0.9)
+    work._deal(engines)
+    for number in range(1, 20):
+        work._ledger.finish(number % 2, number)
+    work._lines[0].left = 4
+    assert work._cut_is_due()
+    work._lose(engines[0], "died")
+    assert work._deal(engines[1:]) == {1: [0]}
+    work._lines[1].left = 4
+    assert not work._cut_is_due()
+
+
+def test_an_engine_that_fails_whatever_it_is_asked_ends_the_run():
+    """Instead of setting the step's prompts aside one by one, each at the price of an engine's start."""
+    work, engines = generation(prompts=40, n=1, engines=1, concurrent=8)
+    with pytest.raises(WorkerError, match=r"engine 0 failed in generation: died .*engine_0\.log.*8 failures") as error:
+        for _ in range(MOST_FAILURES):
+            work._deal(engines)
+            work._lose(engines[0], "died")
+    assert error.value.may_pass and len(work._ledger.set_aside) == MOST_FAILURES - 3

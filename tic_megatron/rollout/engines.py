@@ -65,7 +65,7 @@ class EngineGroup:
         self._stop_ids = frozenset(stop_ids)
         self._tp_size = tp_size
         self._receiving: list[tuple[Engine, Any]] = []
-        self._lengths: dict[str, float] = {}
+        self._lengths: dict[tuple[int, ...], float] = {}  # by the prompt's tokens: ids of several data sets may be alike
 
     @classmethod
     def start(
@@ -267,7 +267,7 @@ class EngineGroup:
 
         def answered(number: int, response: SampleResponse) -> None:
             groups[number] = group = self._group(prompts[number], response)
-            self._lengths[group.prompt.id] = sum(t.response_length for t in group.trajectories) / len(group.trajectories)
+            self._lengths[group.prompt.token_ids] = sum(t.response_length for t in group.trajectories) / len(group.trajectories)
             if not dispatch.as_a_whole:
                 finished(group)
 
@@ -298,11 +298,11 @@ class EngineGroup:
 
     def _order(self, prompts: list[Prompt], dispatch: Dispatch) -> list[int]:
         """Longest first, by the lengths that the prompts' responses had the last time, so that the engines end together."""
-        known = [self._lengths[prompt.id] for prompt in prompts if prompt.id in self._lengths]
+        known = [self._lengths[prompt.token_ids] for prompt in prompts if prompt.token_ids in self._lengths]
         if dispatch.static or len(self.pool.engines) == 1 or not known:
             return list(range(len(prompts)))
         mean = sum(known) / len(known)
-        return sorted(range(len(prompts)), key=lambda number: -self._lengths.get(prompts[number].id, mean))
+        return sorted(range(len(prompts)), key=lambda number: -self._lengths.get(prompts[number].token_ids, mean))
 
     def _wait_for_first_weights(self) -> None:
         """Without updates an engine serves the weights of the model directory, and so does its replacement."""

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 
 import ray
 
-from tic_megatron.remote import failure_reason
+from tic_megatron.remote import WorkerError, failure_reason
 from tic_megatron.rollout.dispatch import Ledger
 from tic_megatron.rollout.pool import Engine, EnginePool
 from tic_megatron.rollout.requests import Advance, Progress, SampleRequest, SampleResponse, problem_of
 
 CALLS_AHEAD = 2
 """Calls that an engine has been given: one that it works on, and one so that it need not wait for the driver."""
+
+MOST_FAILURES = 8
+"""So many failures per engine in a row, without one answered prompt in between, end the run: it is not the prompts' doing."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Generation:
         self._lines: dict[int, _Line] = {}
         self._responses = sum(request.n for request in requests)
         self._outcome = Outcome()
+        self._failures = 0  # in a row
         self._busy_s: dict[int, float] = {engine.index: 0.0 for engine in pool.engines}
         dealt = None
         # One engine is given everything at once, in order: its batches, and so its rounding, do not depend on timing.
@@ -112,22 +116,38 @@ class Generation:
             if not serving:
                 self._revive()
                 continue
-            cut = self._cut_is_due()
+            cut, dealt = self._cut_is_due(), self._deal(serving)
             for engine in serving:
-                self._feed(engine, cut=cut)
+                self._feed(engine, dealt[engine.index], cut=cut)
             self._listen(serving)
         seconds = max(time.monotonic() - begun, 1e-9)
         self._outcome.busy = {index: min(1.0, busy / seconds) for index, busy in self._busy_s.items()}
         self._outcome.set_aside = self._ledger.set_aside
         return self._outcome
 
-    def _feed(self, engine: Engine, *, cut: bool) -> None:
-        """Keep the engine's line full: new prompts as it has room for them, and calls while it has work."""
-        line = self._lines.setdefault(engine.index, _Line())
-        while len(line.calls) < CALLS_AHEAD:
-            taken = self._take(engine, line)
-            if not self._ledger.in_flight(engine.index):
-                return
+    def _deal(self, engines: list[Engine]) -> dict[int, list[int]]:
+        """New prompts, by engine, for those that can be told of them: one at a time to the engine with the least to do, so that
+        few prompts keep all engines busy."""
+        lines = {engine.index: self._lines.setdefault(engine.index, _Line()) for engine in engines}
+        loads = {index: line.load for index, line in lines.items() if len(line.calls) < CALLS_AHEAD}
+        dealt: dict[int, list[int]] = {index: [] for index in lines}
+        if self._at_once:
+            return dealt | {index: self._ledger.take(index, None) for index in loads}
+        while loads:
+            index = min(loads, key=loads.__getitem__)
+            # One prompt more than it has room for, so that places do not stay empty.
+            has_room = loads[index] < self._dispatch.concurrent + self._requests[0].n
+            taken = self._ledger.take(index, 1) if has_room else []
+            dealt[index] += taken
+            loads[index] += sum(self._requests[number].n for number in taken)
+            if not taken:
+                del loads[index]
+        return dealt
+
+    def _feed(self, engine: Engine, taken: list[int], *, cut: bool) -> None:
+        """Keep the engine's line full while it has work: a call with the new prompts, and further ones to go on."""
+        line = self._lines[engine.index]
+        while len(line.calls) < CALLS_AHEAD and self._ledger.in_flight(engine.index):
             line.told_to_cut &= not taken
             tell = cut and not line.told_to_cut
             order = Advance(
@@ -139,19 +159,7 @@ class Generation:
             if not line.calls:
                 line.heard = time.monotonic()
             line.calls.append((engine.actor.advance.remote(order), sum(self._requests[number].n for number in taken)))
-            line.fresh, line.told_to_cut = False, line.told_to_cut or tell
-
-    def _take(self, engine: Engine, line: _Line) -> list[int]:
-        if self._at_once:
-            return self._ledger.take(engine.index, None)
-        taken, room = [], self._dispatch.concurrent - line.load
-        while room > -self._requests[0].n:  # one prompt more than it has room for, so that places do not stay empty
-            one = self._ledger.take(engine.index, 1)
-            if not one:
-                break
-            taken += one
-            room -= self._requests[one[0]].n
-        return taken
+            line.fresh, line.told_to_cut, taken = False, line.told_to_cut or tell, []
 
     def _listen(self, serving: list[Engine]) -> None:
         """Wait for the next report of any engine, and look for engines that have stopped reporting."""
@@ -185,6 +193,7 @@ class Generation:
         for number, reason in progress.refused:
             self._ledger.refuse(engine.index, number, reason)
             self._outcome.reissued += number not in self._ledger.set_aside
+        self._failures = 0 if progress.finished else self._failures
         for number, response in progress.finished:
             self._ledger.finish(engine.index, number)
             self._outcome.cut += sum(sample.cut for sample in response.samples)
@@ -203,6 +212,11 @@ class Generation:
     def _lose(self, engine: Engine, reason: str) -> None:
         """The engine has failed: others get its prompts, and what it may still say is not heard."""
         del self._lines[engine.index]
+        self._failures += 1
+        if self._failures >= MOST_FAILURES * len(self._pool.engines):
+            message = f"engine {engine.index} failed in generation: {reason} (its log: {engine.log_file}); "
+            message += f"{self._failures} failures of engines in a row, and no prompt answered in between"
+            raise WorkerError(message, may_pass=True)
         before = set(self._ledger.set_aside)
         again = self._ledger.lose(engine.index, f"engines failed on it ({reason})")
         self._outcome.reissued += len(again)
@@ -216,8 +230,11 @@ class Generation:
             raise EngineLostError(f"engine {engine.index}: {reason}")
 
     def _cut_is_due(self) -> bool:
-        """Whether so many responses have ended that the others are cut; not before all prompts have been begun."""
-        fraction = self._dispatch.cut_tail_fraction
-        if fraction is None or self._ledger.waiting:
+        """Whether so many responses have ended that the others are cut. Not before all of them have been begun: of one that
+        waits in its engine there is nothing yet; and not after prompts were issued again, of which there would be little."""
+        fraction, lines = self._dispatch.cut_tail_fraction, self._lines.values()
+        if fraction is None or self._ledger.waiting or self._outcome.reissued:
             return False
-        return self._responses - sum(line.load for line in self._lines.values()) >= fraction * self._responses
+        if any(line.load > self._dispatch.concurrent for line in lines):
+            return False
+        return self._responses - sum(line.load for line in lines) >= fraction * self._responses

@@ -10,7 +10,7 @@ from tic_megatron.observability.rollouts import read_rollout, rollout_lines
 from tic_megatron.rewards import GradeReport
 from tic_megatron.rollout.engines import Rollout
 from tic_megatron.rollout.generation import Outcome
-from tic_megatron.trajectory import Group
+from tic_megatron.trajectory import Group, Prompt
 
 GROUPS_FILE, REST_FILE = "pending_rollout.jsonl", "pending_rollout.json"
 
@@ -36,6 +36,12 @@ class PendingRollout:
         lines = list(rollout_lines(step, rollout.groups))
         set_aside = [(prompt.id, reason) for prompt, reason in rollout.set_aside]
         return cls(step, rollout.groups, lines, set_aside, rollout.outcome, report)
+
+    def is_of(self, step: int, prompts: list[Prompt]) -> bool:
+        """Whether it is of this step and of just these prompts: other problems, or another number of them, may have been allowed
+        since (`run.allow_change`), and then others are due."""
+        names = [*(group.prompt.id for group in self.groups), *(name for name, _ in self.set_aside)]
+        return step == self.step and sorted(names) == sorted(prompt.id for prompt in prompts)
 
     def write(self, directory: Path) -> None:
         """Into a checkpoint."""

@@ -90,7 +90,7 @@ class SampledRollouts:
         self._counts = {"reissued_prompts": 0, "prompts_set_aside": 0, "cut_responses": 0}
         self._idle: list[float] = []
         self._n_transfers = 0
-        self._verified: set[int] = set()  # process ids
+        self._verified: set[tuple[int, int]] = set()  # engines and their process ids
         self._loaded_digests: dict[str, str] | None = None
         engines.revive = self._revive
 
@@ -104,8 +104,9 @@ class SampledRollouts:
         """At the training temperature; the seed depends on the run's seed, the step and `refill` only."""
         assert self._under_way is None, "one rollout at a time"
         self._step, self._refill = step, refill
-        if self._restored is not None and self._restored.step == step:
-            self._under_way, self._restored = _Restored(self._restored, prompts), None
+        restored, self._restored = self._restored, None
+        if restored is not None and restored.is_of(step, prompts):
+            self._under_way = _Restored(restored, prompts)
             return
         seed = stable_seed(self.settings.run.seed, step, *([refill] if refill else []))
         self._under_way = _UnderWay(lambda grader: self._sample(prompts, seed, grader), BackgroundGrader(self.rewards))
@@ -142,8 +143,10 @@ class SampledRollouts:
         return PendingRollout.of(self._step, self._under_way.responses(), self._under_way.grader.finish())
 
     def restore(self, pending: PendingRollout) -> None:
-        """The weights that made it are gone: it cannot be made again."""
-        self._restored = pending
+        """The weights that made it are gone: it cannot be made again. When the run no longer works ahead, nobody corrects it for
+        that, and it is left out."""
+        if self.settings.rollout.steps_ahead:
+            self._restored = pending
 
     def make_room(self) -> None:
         """Put colocated engines to sleep; their weights are about to be replaced."""
@@ -231,17 +234,17 @@ class SampledRollouts:
     def _verify_due(self) -> bool:
         """Every so many transfers, and in the first of a process."""
         every = self.settings.rollout.verify_weights_every
-        unverified = {engine.pid for engine in self.engines.pool.loaded} - self._verified
+        unverified = {(engine.index, engine.pid) for engine in self.engines.pool.loaded} - self._verified
         return bool(unverified) or (every > 0 and self._n_transfers % every == 0)
 
     def _transferred(self, version: int, verified: bool) -> None:
         """After the first transfer of version 0 the engines must hold, bit by bit, what they had loaded themselves: the names,
         the shards and vLLM's processing of new weights are right."""
-        serving = {engine.index: engine.pid for engine in self.engines.serving()}
+        serving = {(engine.index, engine.pid) for engine in self.engines.serving()}
         if not serving:
             return
         self._n_transfers += 1
-        self._verified |= set(serving.values()) if verified else set()
+        self._verified |= serving if verified else set()
         expected, self._loaded_digests = self._loaded_digests, None
         if expected is None or version != 0:
             return
@@ -329,8 +332,7 @@ class _Restored:
         self._prompts = {prompt.id: prompt for prompt in prompts}
 
     def responses(self) -> Rollout:
-        # Other problems may have been allowed (`run.allow_change`): then there is nothing to name.
-        set_aside = [(self._prompts[name], reason) for name, reason in self._pending.set_aside if name in self._prompts]
+        set_aside = [(self._prompts[name], reason) for name, reason in self._pending.set_aside]
         return Rollout(self._pending.groups, set_aside, self._pending.outcome)
 
     def finish(self) -> GradeReport:

@@ -1,0 +1,58 @@
+"""A rollout that was made ahead of its step, when a run goes on from a checkpoint; without engines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.rollouts import random_rollout
+from tic_megatron.config import Settings
+from tic_megatron.rewards import GradeReport
+from tic_megatron.rollout.engines import Rollout
+from tic_megatron.rollout.generation import Outcome
+from tic_megatron.rollout.pending import PendingRollout
+from tic_megatron.rollout.source import SampledRollouts
+
+MADE, MADE_AGAIN = (random_rollout(seed=seed, n_prompts=4, group_size=2, vocab=100) for seed in (1, 2))
+OUTCOME = Outcome(busy={0: 0.5}, reissued=3)
+
+
+def continued(tmp_path, *, steps_ahead):
+    """Rollouts of a run that continues: prompt p3 of step 5 was set aside, and the others' groups are in the checkpoint."""
+    aside = [(MADE[3].prompt, "engines failed on it")]
+    PendingRollout.of(5, Rollout(MADE[:3], aside, OUTCOME), GradeReport(graded=6)).write(tmp_path)
+    settings = Settings()
+    settings.rollout.steps_ahead = steps_ahead
+    pool = SimpleNamespace(failures=0, restarts=0)
+    engines = SimpleNamespace(pool=pool, sample=lambda prompts, **_: Rollout(MADE_AGAIN, [], OUTCOME))
+    rewards = SimpleNamespace(grade_groups=lambda groups: GradeReport(len(groups)))
+    source = SampledRollouts(settings, engines, rewards, note=lambda line: None)
+    source.restore(PendingRollout.read(tmp_path))
+    return source
+
+
+def test_it_is_trained_on(tmp_path):
+    source = continued(tmp_path, steps_ahead=1)
+    source.begin([group.prompt for group in MADE], 5)
+    groups = source.collect()
+    assert groups == MADE[:3] and source.grade(groups).graded == 6
+    counts = source.metrics()
+    assert counts["rollout/prompts_set_aside"] == 1 and counts["rollout/reissued_prompts"] == 3
+    source.begin([group.prompt for group in MADE], 6)
+    assert source.collect() == MADE_AGAIN
+
+
+@pytest.mark.parametrize(
+    ("steps_ahead", "prompts", "step"),
+    [
+        (0, MADE, 5),  # on-policy now: nobody would correct for the older weights
+        (1, MADE[:3], 5),  # fewer prompts per step: the fourth is due in the next one, and would be trained on twice
+        (1, [*MADE[:3], random_rollout(seed=3, n_prompts=5, group_size=2, vocab=100)[4]], 5),  # another problem
+        (1, MADE, 6),
+    ],
+)
+def test_it_is_made_again_when_something_else_is_due(tmp_path, steps_ahead, prompts, step):
+    source = continued(tmp_path, steps_ahead=steps_ahead)
+    source.begin([group.prompt for group in prompts], step)
+    assert source.collect() == MADE_AGAIN
