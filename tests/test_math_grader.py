@@ -73,6 +73,8 @@ RIGHT = [
     (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}"),
     (r"\boxed{52_8}", "52_{8}"),
     (r"\boxed{52}", "52_8"),
+    (r"\boxed{a:b:c = 2:4:6}", "1:2:3"),
+    ("The sum is \N{MINUS SIGN}46.", "-46"),
     # words
     (r"\boxed{\text{Evelyn}}", "Evelyn"),
     (r"\boxed{Evelyn}", r"\text{Evelyn}"),
@@ -122,6 +124,8 @@ WRONG = [
     (r"\boxed{(1,-2)}", "(-2,1)"),
     (r"\boxed{52_7}", "52_8"),
     (r"\boxed{y = 2x - 3}", "y = 2x + 3"),
+    (r"\boxed{1:3:2}", "1:2:3"),
+    ("The sum is \N{MINUS SIGN}46.", "46"),
     (r"\boxed{B}", r"\text{(C)}"),
     (r"\boxed{odd}", r"\text{even}"),
     (r"\boxed{x}", "46"),

@@ -8,6 +8,7 @@ they are switched off.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.0+)?")
 _EQUATION = re.compile(r"[^=<>!,;]+=([^=]+)")
 _MODULUS = re.compile(r"(?:\\pmod\s*(?:\{\d+\}|\d)|\(\s*\\?mod\s*\d+\s*\))\s*$")
 _WITH_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+_RATIO = re.compile(r"\d+(?::\d+){2,}")
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[!,;:> ]|\\quad|\\qquad|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle|\s|~")
 
@@ -53,7 +55,8 @@ def _equal(prediction: str, answer: str) -> bool:
         return predicted != ""
     # `x = 46` and `12+34=46` state 46. The library reads them so too; this is quicker.
     equation = _EQUATION.fullmatch(predicted)
-    predicted_integer, expected_integer = _integer(equation[1] if equation else predicted), _integer(expected)
+    stated = equation[1] if equation else predicted
+    predicted_integer, expected_integer = _integer(stated), _integer(expected)
     if predicted_integer is not None and expected_integer is not None:
         return predicted_integer == expected_integer
     if len(prediction) > max(200, 4 * len(answer)):
@@ -61,6 +64,8 @@ def _equal(prediction: str, answer: str) -> bool:
     predicted_base, expected_base = _WITH_BASE.fullmatch(predicted), _WITH_BASE.fullmatch(expected)
     if predicted_base and expected_base:  # the library drops the base
         return predicted_base.groups() == expected_base.groups()
+    if _RATIO.fullmatch(stated) and _RATIO.fullmatch(expected):  # the library divides: `1:2:3` would be `1:3:2`
+        return _lowest_terms(stated) == _lowest_terms(expected)
     return _library_equal(prediction, answer)
 
 
@@ -79,6 +84,11 @@ def _integer(text: str) -> int | None:
     if not _INTEGER.fullmatch(text) or len(text) > 1000:
         return None
     return int(text.partition(".")[0].replace(",", ""))
+
+
+def _lowest_terms(ratio: str) -> list[int]:
+    parts = [int(part) for part in ratio.split(":")]
+    return [part // max(1, math.gcd(*parts)) for part in parts]
 
 
 def _library_equal(prediction: str, answer: str) -> bool:
