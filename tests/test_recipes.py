@@ -65,6 +65,7 @@ def test_models_are_evaluated_as_they_were_trained():
     settings = arguments.read_settings(parser, command.settings, words, command.short)[0]
     check_evaluate_settings(settings)
     assert settings.model.enable_thinking is training.model.enable_thinking is False
+    assert settings.rollout.precision == training.resolve().rollout.precision == "fp16"
     assert settings.eval.max_response_tokens == training.rollout.max_response_tokens
     assert (settings.eval.temperature, settings.eval.top_p, settings.eval.greedy) == (1.0, 1.0, True)
 
