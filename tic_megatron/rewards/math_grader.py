@@ -20,6 +20,7 @@ _EQUATION = re.compile(r"[^=<>!,;]+=([^=]+)")
 _MODULUS = re.compile(r"(?:\\pmod\s*(?:\{\d+\}|\d)|\(\s*\\?mod\s*\d+\s*\))\s*$")
 _WITH_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
 _RATIO = re.compile(r"\d+(?::\d+){2,}")
+_TINY = 1e-3
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[!,;:> ]|\\quad|\\qquad|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle|\s|~")
 
@@ -94,7 +95,18 @@ def _lowest_terms(ratio: str) -> list[int]:
 def _library_equal(prediction: str, answer: str) -> bool:
     from math_verify import verify
 
-    return bool(verify(_parsed(answer), _parsed(prediction), timeout_seconds=None))
+    expected, predicted = _parsed(answer), _parsed(prediction)
+    return bool(verify(expected, predicted, timeout_seconds=None)) and not _tiny_and_different(expected, predicted)
+
+
+def _tiny_and_different(one: list, other: list) -> bool:
+    """The library compares six decimals, by which all tiny numbers are 0; of these it is their digits that count."""
+    try:
+        a, b = (float(getattr(parsed[0], "rhs", parsed[0])) for parsed in (one, other))
+    except (TypeError, ValueError, OverflowError):  # no numbers
+        return False
+    largest = max(abs(a), abs(b))
+    return largest < _TINY and abs(a - b) > 1e-5 * largest
 
 
 @lru_cache(maxsize=4096)
