@@ -52,6 +52,15 @@ def test_a_benchmark_from_a_file_and_a_set_of_one_s_own(tmp_path):
     assert read_benchmark(other, DataSettings())[0].messages[0]["content"] == "Q: Find $n$. A:"
 
 
+def test_a_copy_of_a_benchmark_may_have_other_fields(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"question": "Find $n$.", "answer": 73, "label": 9}])
+    (aime,) = choose(f"aime24={tmp_path}/a.jsonl")
+    (asked,) = read_benchmark(aime, DataSettings(prompt_field="question", answer_field="label"))
+    assert "Find $n$." in asked.messages[0]["content"] and asked.answer == "73"
+    with pytest.raises(SettingsError, match=r"a\.jsonl:1: has no field 'problem' .*set data\.prompt_field"):
+        read_benchmark(aime, DataSettings())
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

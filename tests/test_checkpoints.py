@@ -13,12 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from transformers import AutoConfig
 
+from tests.models import make_tokenizer
 from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.megatron.metadata import check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, load_state
 from tic_megatron.cli import main
-from tic_megatron.config import Settings, SettingsError
+from tic_megatron.config import ActorSettings, RunSettings, Settings, SettingsError
+from tic_megatron.run import Run
 
 
 def write_actors(folder, step):
@@ -262,3 +265,14 @@ def test_metadata_makes_checkpoint_classes_only(tmp_path):
     ):
         check_metadata(file)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_configuration_says_how_the_weights_are_stored(tmp_path, precision):
+    """And not how the base model's were: loaded by that, they would be rounded."""
+    settings = Settings(run=RunSettings(dir=str(tmp_path)), actor=ActorSettings(precision=precision))
+    base = AutoConfig.for_model("qwen3", dtype="bfloat16")
+    inputs = SimpleNamespace(hf_config=base, tokenizer=make_tokenizer(tmp_path), model_dir=tmp_path)
+    Run(settings, inputs)._write_model_files(tmp_path / "hf")
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert (AutoConfig.from_pretrained(tmp_path / "hf").dtype, base.dtype) == (stored, torch.bfloat16)

@@ -65,6 +65,7 @@ def test_models_are_evaluated_as_they_were_trained():
     settings = arguments.read_settings(parser, command.settings, words, command.short)[0]
     check_evaluate_settings(settings)
     assert settings.model.enable_thinking is training.model.enable_thinking is False
+    assert settings.rollout.precision == training.resolve().rollout.precision == "fp16"
     assert settings.eval.max_response_tokens == training.rollout.max_response_tokens
     assert (settings.eval.temperature, settings.eval.top_p, settings.eval.greedy) == (1.0, 1.0, True)
 
@@ -178,3 +179,33 @@ def test_an_untrained_cell_is_not_evaluated(tmp_path):
 def test_a_wrong_cell_is_refused(words, named):
     result = subprocess.run([str(FOLDER / "train.sh"), *words], capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 2 and named.partition(";")[0] in result.stderr and "tic_grpo" in result.stderr
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Calls of a stand-in for `tic-megatron`: what words it was given, a list per call."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "tic-megatron"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    return lambda: [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("folder", ["runs/paper/qwen3-1.7b/grpo", "elsewhere"])
+def test_a_cell_is_evaluated_where_it_was_trained(folder, recorded, tmp_path, monkeypatch):
+    (tmp_path / folder / "hf").mkdir(parents=True)
+    if folder == "elsewhere":
+        monkeypatch.setenv("RUN", folder)
+    command = [str(FOLDER / "cell.sh"), "qwen3-1.7b", "grpo", "--run.seed", "1"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    train, evaluate = recorded()
+    assert train[0] == "train" and train[-4:] == ["--run.dir", folder, "--run.seed", "1"]
+    assert evaluate[0] == "evaluate" and {f"{folder}/hf", f"{folder}/evaluation"} <= set(evaluate)
+
+
+@pytest.mark.parametrize("words", [["--run.dir", "elsewhere"], ["--run.dir=elsewhere"]])
+def test_a_cell_whose_training_alone_would_be_elsewhere_is_refused(words, recorded, tmp_path):
+    command = [str(FOLDER / "cell.sh"), "qwen3-1.7b", "grpo", "--run.seed", "1", *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 2 and "RUN=FOLDER" in result.stderr and not (tmp_path / "calls").exists()

@@ -236,6 +236,8 @@ RIGHT = {
     ),
     "a large output": ("print('ab\\n' * 500_000)", stdin_tests(("", "ab\n" * 500_000))),
     "letters": ("print(input()[::-1])", stdin_tests(("äöü €", "€ üöä"))),
+    "a long number": ("print(int(input()) + 1)", stdin_tests(("7" * 9_000, "7" * 8_999 + "8"))),
+    "a function of a long number": ("def f(x): return [x]", call_tests("f", ("7" * 9_000, f"[{'7' * 9_000}]"))),
     "numbers": ("print(f'{1 / 4:.6f}')", stdin_tests(("", "0.25"))),
     "a function": (
         "def add(a, b):\n    print('beside')\n    return a + b",

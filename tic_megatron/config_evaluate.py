@@ -82,7 +82,7 @@ class BenchmarkSettings:
 
 @dataclass
 class ProblemSettings:
-    """How problems are read: rows of benchmarks have their own fields, these are for sets of your own."""
+    """How problems are read: of sets of your own, and of a benchmark's rows that have not its fields (problem, answer)."""
 
     prompt_field: str = "problem"
     """Row field that holds the problem's text."""

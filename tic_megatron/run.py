@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import shutil
@@ -33,7 +34,7 @@ from tic_megatron.preemption import Preemption, mark, unmark
 from tic_megatron.remote import WorkerError
 from tic_megatron.rewards import GradeReport, RewardWorkers
 from tic_megatron.rewards.overlong import overlong_metrics, punish_overlong
-from tic_megatron.rollout.engines import EngineGroup
+from tic_megatron.rollout.engines import DTYPES, EngineGroup
 from tic_megatron.rollout.pending import PendingRollout
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.rollout.source import ReplayedRollouts, RolloutSource, SampledRollouts
@@ -377,7 +378,11 @@ class Run:
 
     def _write_model_files(self, directory: Path) -> None:
         """What a Hugging Face directory has beside the weights."""
-        self.inputs.hf_config.save_pretrained(directory)
+        config = copy.copy(self.inputs.hf_config)
+        config.dtype = DTYPES[
+            self.settings.actor.precision
+        ]  # the weights', by which they are loaded; the base model's may differ
+        config.save_pretrained(directory)
         self.inputs.tokenizer.save_pretrained(directory)
         generation_config = self.inputs.model_dir / "generation_config.json"
         if generation_config.exists():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluates what `train.sh MODEL METHOD` has trained on the paper's benchmarks.
+# Evaluates what `train.sh MODEL METHOD` has trained (in $RUN, if that is set) on the paper's benchmarks.
 #
 #   examples/paper/evaluate.sh MODEL METHOD [--section.setting VALUE ...]
 #
@@ -12,7 +12,7 @@ if (($# < 2)); then
   echo "evaluate.sh: give MODEL and METHOD, as to train.sh" >&2
   exit 2
 fi
-run="runs/paper/$1/$2"
+run="${RUN:-runs/paper/$1/$2}"
 shift 2
 if [[ ! -d "$run/hf" ]]; then
   echo "evaluate.sh: $run has no finished model (hf/); train it first: $here/train.sh" >&2

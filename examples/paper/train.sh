@@ -6,7 +6,7 @@
 #   MODEL   qwen3-1.7b or qwen3-8b
 #   METHOD  grpo, gspo, tic_grpo, traj_is, ub_clip or no_is
 #
-# The arguments that follow go to `tic-megatron train`, the last one wins. The run folder is runs/paper/MODEL/METHOD.
+# The arguments that follow go to `tic-megatron train`, the last one wins. The run folder is runs/paper/MODEL/METHOD, or $RUN.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -22,4 +22,4 @@ shift 2
 
 exec tic-megatron train \
   --config "$here/common.yaml" --config "$here/$model.yaml" --config "$here/methods/$method.yaml" \
-  --run.dir "runs/paper/$model/$method" "$@"
+  --run.dir "${RUN:-runs/paper/$model/$method}" "$@"

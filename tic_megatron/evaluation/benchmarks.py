@@ -129,12 +129,22 @@ def read_benchmark(benchmark: Benchmark, data: DataSettings) -> list[Problem]:
     setting = f"{SETTING}: {benchmark.name}"
     if benchmark.programs:
         return [_program(row, data) for row in read_rows(benchmark.source, setting)]
-    fields = replace(data, prompt_field=benchmark.prompt_field, answer_field=benchmark.answer_field)
-    problems = read_problems(benchmark.source, fields, setting)
+    problems = read_problems(benchmark.source, _fields(benchmark, data, setting), setting)
     if benchmark.reward == "aime":
         for problem in problems:
             _check_integer(problem)
     return [_ask(problem, TEMPLATES.get(benchmark.template, benchmark.template)) for problem in problems]
+
+
+def _fields(benchmark: Benchmark, data: DataSettings, setting: str) -> DataSettings:
+    """The benchmark's own fields, or those of `data` where its first row, of a copy from elsewhere, has none of that name."""
+    first = next(iter(read_rows(benchmark.source, setting)), None)
+    there = first.fields if first else {}
+    return replace(
+        data,
+        prompt_field=benchmark.prompt_field if benchmark.prompt_field in there else data.prompt_field,
+        answer_field=benchmark.answer_field if benchmark.answer_field in there else data.answer_field,
+    )
 
 
 def _check_integer(problem: Problem) -> None:

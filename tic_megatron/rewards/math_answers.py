@@ -70,7 +70,7 @@ _LONGEST_LINE = 2000
 
 def final_answer(response: str) -> str | None:
     """The text of the final answer that a response states, or None. Reasoning up to `</think>` is left out."""
-    text = response.rpartition("</think>")[2]
+    text = response.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
     boxed = _boxed(text)
     if boxed is not None:
         return boxed or None

@@ -8,6 +8,7 @@ they are switched off.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from functools import lru_cache
 
@@ -18,6 +19,8 @@ _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.0+)?")
 _EQUATION = re.compile(r"[^=<>!,;]+=([^=]+)")
 _MODULUS = re.compile(r"(?:\\pmod\s*(?:\{\d+\}|\d)|\(\s*\\?mod\s*\d+\s*\))\s*$")
 _WITH_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+_RATIO = re.compile(r"\d+(?::\d+){2,}")
+_TINY = 1e-3
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[!,;:> ]|\\quad|\\qquad|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle|\s|~")
 
@@ -53,7 +56,8 @@ def _equal(prediction: str, answer: str) -> bool:
         return predicted != ""
     # `x = 46` and `12+34=46` state 46. The library reads them so too; this is quicker.
     equation = _EQUATION.fullmatch(predicted)
-    predicted_integer, expected_integer = _integer(equation[1] if equation else predicted), _integer(expected)
+    stated = equation[1] if equation else predicted
+    predicted_integer, expected_integer = _integer(stated), _integer(expected)
     if predicted_integer is not None and expected_integer is not None:
         return predicted_integer == expected_integer
     if len(prediction) > max(200, 4 * len(answer)):
@@ -61,6 +65,8 @@ def _equal(prediction: str, answer: str) -> bool:
     predicted_base, expected_base = _WITH_BASE.fullmatch(predicted), _WITH_BASE.fullmatch(expected)
     if predicted_base and expected_base:  # the library drops the base
         return predicted_base.groups() == expected_base.groups()
+    if _RATIO.fullmatch(stated) and _RATIO.fullmatch(expected):  # the library divides: `1:2:3` would be `1:3:2`
+        return _lowest_terms(stated) == _lowest_terms(expected)
     return _library_equal(prediction, answer)
 
 
@@ -81,10 +87,26 @@ def _integer(text: str) -> int | None:
     return int(text.partition(".")[0].replace(",", ""))
 
 
+def _lowest_terms(ratio: str) -> list[int]:
+    parts = [int(part) for part in ratio.split(":")]
+    return [part // max(1, math.gcd(*parts)) for part in parts]
+
+
 def _library_equal(prediction: str, answer: str) -> bool:
     from math_verify import verify
 
-    return bool(verify(_parsed(answer), _parsed(prediction), timeout_seconds=None))
+    expected, predicted = _parsed(answer), _parsed(prediction)
+    return bool(verify(expected, predicted, timeout_seconds=None)) and not _tiny_and_different(expected, predicted)
+
+
+def _tiny_and_different(one: list, other: list) -> bool:
+    """The library compares six decimals, by which all tiny numbers are 0; of these it is their digits that count."""
+    try:
+        a, b = (float(getattr(parsed[0], "rhs", parsed[0])) for parsed in (one, other))
+    except (TypeError, ValueError, OverflowError):  # no numbers
+        return False
+    largest = max(abs(a), abs(b))
+    return largest < _TINY and abs(a - b) > 1e-5 * largest
 
 
 @lru_cache(maxsize=4096)

@@ -19,8 +19,8 @@ OUT_OF_MEMORY = 86
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SIGKILL = 9
 MOST_DESCRIPTORS = 1 << 16
-RECURSION_LIMIT = 50_000
-"""LiveCodeBench's."""
+RECURSION_LIMIT = INTEGER_DIGITS = 50_000
+"""Both are LiveCodeBench's; the digits, of an integer that is read or printed."""
 
 
 def read_job(descriptor):
@@ -72,6 +72,7 @@ def call(module, function, arguments, dumps, channel):
 def main():
     program, prelude, imports, function, values, limits, user, call_filter = read_job(int(sys.argv[1]))
     program, function, values = program.decode(), function.decode(), values.decode()
+    sys.set_int_max_str_digits(INTEGER_DIGITS)
     channel = 1
     dumps = arguments = None
     if function:  # what the program prints is not what it returns
