@@ -197,11 +197,12 @@ def test_a_cell_is_evaluated_where_it_was_trained(folder, recorded, tmp_path, mo
     (tmp_path / folder / "hf").mkdir(parents=True)
     if folder == "elsewhere":
         monkeypatch.setenv("RUN", folder)
-    command = [str(FOLDER / "cell.sh"), "qwen3-1.7b", "grpo", "--run.seed", "1"]
+    command = [str(FOLDER / "cell.sh"), "qwen3-1.7b", "grpo", "--run.seed", "1", "--", "--rollout.engines", "8"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
     train, evaluate = recorded()
     assert train[0] == "train" and train[-4:] == ["--run.dir", folder, "--run.seed", "1"]
     assert evaluate[0] == "evaluate" and {f"{folder}/hf", f"{folder}/evaluation"} <= set(evaluate)
+    assert evaluate[-2:] == ["--rollout.engines", "8"] and "--run.seed" not in evaluate
 
 
 @pytest.mark.parametrize("words", [["--run.dir", "elsewhere"], ["--run.dir=elsewhere"]])

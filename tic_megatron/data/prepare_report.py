@@ -49,7 +49,7 @@ def _conflicts(result: Prepared) -> str:
         f"- `{each['id']}`: " + "; ".join(f"{_code(a['answer'])} ({a['row']})" for a in each["answers"][:4])
         for each in result.conflicts
     ]
-    return f"## Conflicting answers\n\n{len(result.conflicts)} problems come with different answers; {what}:\n\n" + _some(lines)
+    return f"## Conflicting answers\n\nProblems with different answers: {len(result.conflicts)}; {what}:\n\n" + _some(lines)
 
 
 def _overlaps(result: Prepared) -> str:
