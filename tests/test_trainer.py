@@ -60,15 +60,17 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(config, tmp_pa
     train("--config", config, f"--run.dir={whole}")
     arguments = ["--config", config, f"--run.dir={cut}"]
 
-    # Interrupted after the checkpoint of step 3; told to leave by the queue; and let alone.
+    # Interrupted after the checkpoint of step 3; told to leave by the queue in a rollout, and in the last evaluation; let alone.
     assert signalled(arguments, "step 4/", signal.SIGINT) == 130
     assert not (cut / "requeue").exists()
     assert signalled(arguments, "step 4/", signal.SIGTERM) == 0
     saved = max(int(path.name.removeprefix("step_")) for path in (cut / "checkpoints").iterdir())
     assert saved in (4, 5)
     assert (cut / "requeue").read_text() == f"left at SIGTERM after step {saved}\n"
+    assert signalled(arguments, rollout_path(cut, 6), signal.SIGTERM) == 0
+    assert (cut / "requeue").read_text() == "left at SIGTERM after step 6\n" and len(untimed(cut)) == 5
     output = train(*arguments)
-    assert "continuing from" in output and f"step_{saved}" in output
+    assert "continuing from" in output and "step_6" in output
     assert not (cut / "requeue").exists()
 
     assert untimed(whole) == untimed(cut)
@@ -77,8 +79,9 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(config, tmp_pa
     check_export(whole, tmp_path / "exported")
 
 
-def signalled(arguments: list[str], after: str, number: signal.Signals, *, everyone: bool = False) -> int:
-    """Run, and send a signal, to all of the run's processes or the first, when a line of the output begins so; the exit code."""
+def signalled(arguments: list[str], after: str | Path, number: signal.Signals, *, everyone: bool = False) -> int:
+    """Run, and send a signal, to all of the run's processes or the first, when a line of the output begins so or when a file is
+    there; the exit code."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         cwd=ROOT,
@@ -89,11 +92,14 @@ def signalled(arguments: list[str], after: str, number: signal.Signals, *, every
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
-        for line in process.stdout:
-            if line.startswith(after):
-                for pid in [*(children(process.pid) if everyone else ()), process.pid]:
-                    os.kill(pid, number)
-                break
+        if isinstance(after, Path):
+            while not after.exists() and process.poll() is None:
+                time.sleep(0.002)
+        else:
+            next((line for line in process.stdout if line.startswith(after)), None)
+        if process.poll() is None:
+            for pid in [*(children(process.pid) if everyone else ()), process.pid]:
+                os.kill(pid, number)
         return process.wait(timeout=120)
     finally:
         process.kill()

@@ -29,12 +29,13 @@ POLL_S = 0.02, 1.0
 class RunState:
     """What the driver has to remember beside the actors' weights and optimizer.
 
-    `step`: last finished step; `cursor`: place in the training problems; `accuracy_before`, `accuracy`: measured before
-    step 1 and last, as `benchmarks_before`, `benchmarks` by their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of
-    the user's Python files, by the setting that names them.
+    `step`: last step that was trained; `unrecorded`: its metrics, as long as its evaluation is to come; `cursor`: place in the
+    training problems; `accuracy_before`, `accuracy`: measured before step 1 and last, as `benchmarks_before`, `benchmarks` by
+    their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of the user's Python files, by the setting that names them.
     """
 
     step: int = 0
+    unrecorded: dict[str, float] | None = None
     cursor: dict | None = None
     accuracy_before: float | None = None
     accuracy: float | None = None

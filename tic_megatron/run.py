@@ -7,7 +7,7 @@ import functools
 import math
 import shutil
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Run:
         self._begun = self.state.step  # the last step whose rollout was begun
         self.logger = MetricsLogger(self.dir, settings.logging, settings.run.name, asdict(settings))
         self._stack.callback(self.logger.close)
-        self.logger.truncate_after(self.state.step)
+        self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None))
         self.progress = self._stack.enter_context(
             ProgressDisplay(settings.trainer.steps, start_step=self.state.step, title=settings.run.name)
         )
@@ -116,7 +116,8 @@ class Run:
             pending = PendingRollout.read(checkpoint)
             if pending is not None:
                 self.rollouts.restore(pending)
-        if self.state.step < settings.trainer.steps:  # otherwise only the export is left, for which the actors keep their GPUs
+        # When only the export is left, the actors keep their GPUs.
+        if self.state.step < settings.trainer.steps or self.state.unrecorded is not None:
             self.rollouts.use_weights(self.actors, version=self.state.step)
         self.log_memory(self.state.step, "start")
 
@@ -210,7 +211,7 @@ class Run:
         if not due or not isinstance(self.rollouts, SampledRollouts):
             return {}
         self.progress.phase("evaluate")
-        with self.preemption.breakable() if step == 0 else nullcontext():  # after a step its metrics come first
+        with self.preemption.breakable():
             held_out = self._evaluate_held_out()
             benchmarks = [self._evaluate_benchmark(chosen) for chosen in self.inputs.benchmarks]
         results = [*([held_out] if held_out else []), *benchmarks]
@@ -274,19 +275,28 @@ class Run:
             engines=self.rollouts.memory(timeout_s=MEMORY_TIMEOUT_S),
         )
 
-    def record(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
-        """A step is done: log it, save what is due."""
-        trainer, rollout = self.settings.trainer, self.settings.rollout
-        self._tell_failed_saves()
+    def trained(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
+        """The weights are those of this step now, which is to be evaluated and recorded: here, or where the run goes on."""
         saves = {"checkpoint/failed": float(self.checkpoints.failed)}
-        self.logger.log(step, metrics | saves | (self.memory.metrics() if self.memory else {}))
+        every = self.settings.rollout.save_every
+        if every and step % every == 0:
+            write_rollout(rollout_path(self.dir, step), step, groups)
+        row = metrics | saves | (self.memory.metrics() if self.memory else {})
+        self.state.unrecorded = {name: float(value) for name, value in row.items()}
+        self.state.step, self.state.cursor = step, self._cursor_state  # not yet beyond the prompts that were only sampled
+
+    def record(self) -> None:
+        """Evaluate the trained step if that is due, log it, and save what is due."""
+        trainer, step = self.settings.trainer, self.state.step
+        metrics = self.state.unrecorded | self.evaluate(step)
+        self._tell_failed_saves()
+        self.logger.log(step, metrics)
+        self.state.unrecorded = None
         self.progress.update(step, metrics)
         for warning in self.health.check(step, metrics):
             self.progress.note(f"warning: {warning}")
-        if rollout.save_every and step % rollout.save_every == 0:
-            write_rollout(rollout_path(self.dir, step), step, groups)
-        self.state.step, self.state.cursor = step, self._cursor_state  # not yet beyond the prompts that were only sampled
-        if step == trainer.steps or (trainer.save_every and step % trainer.save_every == 0):
+        due = step == trainer.steps or (trainer.save_every > 0 and step % trainer.save_every == 0)
+        if due and self._saved != step:  # it is when the run continues from there
             self.to_training()
             self._save()
             self.log_memory(step, "save")
@@ -294,7 +304,7 @@ class Run:
                 self.rollouts.use_weights(self.actors, version=step)
 
     def leave(self, signal_name: str) -> None:
-        """Save the last finished step, unless it is saved, and leave a marker for whoever queues the run again."""
+        """Save the last trained step, unless it is saved, and leave a marker for whoever queues the run again."""
         if self.state.step > 0 and (self._saved != self.state.step or self.checkpoints.finish() is not None):
             self.rollouts.stop()  # engines may be at work, on the actors' GPUs
             self.actors.restore()
@@ -379,9 +389,7 @@ class Run:
     def _write_model_files(self, directory: Path) -> None:
         """What a Hugging Face directory has beside the weights."""
         config = copy.copy(self.inputs.hf_config)
-        config.dtype = DTYPES[
-            self.settings.actor.precision
-        ]  # the weights', by which they are loaded; the base model's may differ
+        config.dtype = DTYPES[self.settings.actor.precision]  # by which they are loaded; the base model's may differ
         config.save_pretrained(directory)
         self.inputs.tokenizer.save_pretrained(directory)
         generation_config = self.inputs.model_dir / "generation_config.json"

@@ -23,9 +23,11 @@ def train(settings: Settings, inputs: TrainInputs) -> dict[str, Any] | None:
         try:
             if run.state.step == 0:
                 run.evaluate(0)
+            if run.state.unrecorded is not None:  # the run was told to leave while it evaluated
+                run.record()
             for step in range(run.state.step + 1, settings.trainer.steps + 1):
-                groups, metrics = train_step(run, step)
-                run.record(step, groups, metrics | run.evaluate(step))
+                run.trained(step, *train_step(run, step))
+                run.record()
                 run.preemption.check()
             return run.finish()
         except Preempted as signal:

@@ -125,15 +125,16 @@ def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, 
     export_layout = ExportLayout.of(settings, backend.hf)
     dtype = backend.config.params_dtype
     exporter = WeightExporter(backend.weights, export_layout, dtype, device, max_bytes, "shared_memory")
-    sent, assembler = {}, TensorAssembler()
-    for index in range(exporter.begin().n_buckets):
-        payload = exporter.export(index)
-        dist.barrier()  # the driver tells engines when all ranks have written
-        if payload is not None:
-            flat = exporter.buffer.flat(index % 2)
-            blocks = Bucket.from_payload({name: payload[name] for name in ("blocks", "nbytes", "handle")}).blocks
-            sent |= {name: tensor.clone() for name, tensor in assembler.take_all(blocks, flat)}
-    assert not assembler.incomplete
+    for _ in range(2):  # updates: the second one finds the buffers of the first
+        sent, assembler = {}, TensorAssembler()
+        for index in range(exporter.begin().n_buckets):
+            payload = exporter.export(index)
+            dist.barrier()  # the driver tells engines when all ranks have written
+            if payload is not None:
+                flat = exporter.buffer.flat(index % 2)
+                blocks = Bucket.from_payload({name: payload[name] for name in ("blocks", "nbytes", "handle")}).blocks
+                sent |= {name: tensor.clone() for name, tensor in assembler.take_all(blocks, flat)}
+        assert not assembler.incomplete
     n_bytes = [b.nbytes for b in exporter.plan]
     digests = exporter.digests()
     written = exporter.save(Path(folder))

@@ -81,6 +81,7 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
     try:
         state = load_state(checkpoint)
         sound = type(state.step) is int and (state.cursor is None or _is_cursor(state.cursor)) and type(state.programs) is dict
+        sound &= state.unrecorded is None or type(state.unrecorded) is dict
     except (OSError, ValueError, TypeError, RecursionError):
         sound = False
     if not sound:

@@ -54,6 +54,7 @@ class WeightExporter:
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.transport = transport
         self.buffer: SendBuffer | None = None
+        self._has_buffers = False
         self._shared: dict[bool, SharedMemorySendBuffer] = {}
         self._outgoing: Tensor | None = None
         self.use_plan(plan_export(self.hf, layout, dtype, max_bytes))
@@ -69,9 +70,10 @@ class WeightExporter:
 
     def begin(self, host: str = "127.0.0.1", timeout_s: float = 60.0) -> Export:
         """Start an update. `host`: address of this machine, for engines on others."""
-        if self.buffer is None:
+        if not self._has_buffers:  # the same on all ranks, also on those without a buffer of their own
             self.buffer = self._make_buffer()
             self._share_buffers()
+            self._has_buffers = True
         sources = []
         if self.buffer is not None:
             self.buffer.begin_update()
@@ -154,7 +156,7 @@ class WeightExporter:
         self._outgoing = None
         for shared in self._shared.values():
             shared.close()
-        self._shared = {}
+        self._shared, self._has_buffers = {}, False
         if self.buffer is not None:
             self.buffer.close()
             self.buffer = None
