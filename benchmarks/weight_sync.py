@@ -3,7 +3,7 @@
     python -m benchmarks.weight_sync --out benchmarks/weight_sync.json      # a table, and all figures
     python -m benchmarks.weight_sync --json                                 # the three ratios of the first case, 200M at TP 1
 
-Everything is measured in one run, in turns, on Qwen3 models in fp32, on CPU:
+Everything is measured in one run, each in its turn in every round, on Qwen3 models in fp32, on CPU:
 
 - `copy`: one copy of the weights' bytes in memory;
 - `handover`: the actors gather every bucket into shared memory, and a process that does nothing with it is told where it lies;
@@ -101,19 +101,6 @@ def settings_for(layout: dict[str, int], model: Path, bucket_mib: int) -> Any:
     return settings
 
 
-def median_s(function: Callable[[], Any], rounds: int) -> Any:
-    """Median of the seconds that a call takes, or says that it took, in all or by phase."""
-    found = []
-    for _ in range(WARM_UP + rounds):
-        begun = time.perf_counter()
-        told = function()
-        found.append(told if isinstance(told, float | dict) else time.perf_counter() - begun)
-    counted = found[WARM_UP:]
-    if isinstance(counted[0], dict):
-        return {phase: statistics.median(part[phase] for part in counted) for phase in counted[0]}
-    return statistics.median(counted)
-
-
 class Listener:
     """Takes the engines' place in `send_weights`: tells the receiver of every bucket, and nobody loads it."""
 
@@ -145,26 +132,26 @@ class TimedEngines:
         self.calls: list[tuple[str, float, float]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
             result = getattr(self.engines, name)(*args, **kwargs)
             self.calls.append((name, begun, time.perf_counter()))
             return result
 
-        return timed
+        return noted
 
 
 def timed_transfer(actors: Any, engines: Any) -> dict[str, float]:
     """Seconds of a transfer and of its phases."""
     from tic_megatron.weights.sending import send_weights
 
-    timed = TimedEngines(engines)
+    noting = TimedEngines(engines)
     begun = time.perf_counter()
-    send_weights(actors, timed, version=1)
+    send_weights(actors, noting, version=1)
     total = time.perf_counter() - begun
-    prepared = next(end for name, _, end in timed.calls if name == "start_weight_update") - begun
+    prepared = next(end for name, _, end in noting.calls if name == "start_weight_update") - begun
     took = {
-        which: sum(end - start for name, start, end in timed.calls if name == which)
+        which: sum(end - start for name, start, end in noting.calls if name == which)
         for which in ("update_weights", "finish_weight_update")
     }
     load, finish = took.values()
@@ -172,7 +159,7 @@ def timed_transfer(actors: Any, engines: Any) -> dict[str, float]:
 
 
 def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -> dict[str, float]:
-    """Seconds of every kind."""
+    """Seconds of every kind: medians over rounds in which all take their turn, since a shared machine's speed drifts."""
     import ray
 
     from tic_megatron.actors.group import ActorGroup
@@ -185,17 +172,29 @@ def measure(layout: dict[str, int], model: Path, bucket_mib: int, rounds: int) -
         engines = EngineGroup.start(settings, model_path=str(model), device="cpu", log_dir=logs, worker=ReloadingEngine)
         engines.ready()
         receiver = ray.remote(num_cpus=0)(Receiver).remote(str(model))
-        seconds = {"copy": median_s(lambda: ray.get(receiver.copy.remote()), rounds)}
-        actors = ActorGroup.start(settings, cluster, log_dir=logs, worker=TensorByTensorActor)
+        actors = ActorGroup.start(settings, cluster, log_dir=logs, worker=TwoWayActor)
         actors.setup(str(model))
-        seconds["handover"] = median_s(lambda: send_weights(actors, Listener(receiver), version=1), rounds)
-        seconds |= median_s(lambda: timed_transfer(actors, engines), rounds)
-        seconds["reload"] = median_s(lambda: engines.pool.call("reload")[0], rounds)
-        actors.pool.call("send_single_tensors")
-        seconds["per_tensor"] = median_s(lambda: send_one_by_one(actors, Listener(receiver)), rounds)
+        found: list[dict[str, float]] = []
+        for _ in range(WARM_UP + rounds):
+            actors.pool.call("send_by", "buckets")
+            turn = {
+                "copy": ray.get(receiver.copy.remote()),
+                "handover": timed(send_weights, actors, Listener(receiver), version=1),
+                **timed_transfer(actors, engines),
+                "reload": engines.pool.call("reload")[0],
+            }
+            actors.pool.call("send_by", "tensors")
+            found.append(turn | {"per_tensor": timed(send_one_by_one, actors, Listener(receiver))})
         actors.stop()
         engines.stop()
-    return seconds
+    return {kind: statistics.median(turn[kind] for turn in found[WARM_UP:]) for kind in found[0]}
+
+
+def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    """Seconds that a call takes."""
+    begun = time.perf_counter()
+    function(*args, **kwargs)
+    return time.perf_counter() - begun
 
 
 def send_one_by_one(actors: Any, listener: Listener) -> None:
@@ -207,19 +206,28 @@ def send_one_by_one(actors: Any, listener: Listener) -> None:
         listener.update_weights(merge_payloads(actors.export_bucket(bucket)(), straight=export.straight))
 
 
-class TensorByTensorActor(ActorWorker):
+class TwoWayActor(ActorWorker):
     """A rank that can also send every tensor in a bucket of its own."""
 
-    def send_single_tensors(self) -> None:
-        """From now on."""
-        plan = self.exporter.plan
-        self.exporter.use_plan(
+    def setup(self, *args: Any) -> int:
+        """With two exporters."""
+        from tic_megatron.actors.megatron.export import WeightExporter
+
+        shard, usual = super().setup(*args), self.exporter
+        single = WeightExporter(usual.weights, usual.layout, usual.dtype, usual.device, 2**20, usual.transport)
+        single.use_plan(
             [
                 replace(bucket, pieces=(replace(piece, offset=0),), region_nbytes=end - piece.offset)
-                for bucket in plan
+                for bucket in usual.plan
                 for piece, end in zip(bucket.pieces, [*(p.offset for p in bucket.pieces[1:]), bucket.region_nbytes], strict=True)
             ]
         )
+        self.exporters = {"buckets": usual, "tensors": single}
+        return shard
+
+    def send_by(self, what: str) -> None:
+        """From now on."""
+        self.exporter = self.exporters[what]
 
 
 class Receiver:
