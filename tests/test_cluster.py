@@ -92,6 +92,13 @@ def test_colocated_engines_see_the_gpus_of_their_actors():
         ActorGroup(settings, None, ranks).shared_places()
 
 
+def test_cpus_of_several_machines_share_no_memory():
+    settings = settings_for(actors=2, engines=1, colocate=True)
+    ranks = [Place("10.0.0.1", "a" * 56, []), Place("10.0.0.2", "b" * 56, [])]
+    with pytest.raises(SettingsError, match=r"CPUs of 2 machines \(10.0.0.1, 10.0.0.2\).*give --cluster.colocate false"):
+        ActorGroup(settings, None, ranks).shared_places()
+
+
 def test_an_engine_lies_on_one_node_and_too_small_clusters_are_refused(nodes):
     settings = settings_for(actors=3, engines=3, address=nodes.address)
     with start_cluster(settings) as cluster:

@@ -171,6 +171,8 @@ def test_bad_trajectories_are_named_dropped_and_bounded():
     with pytest.raises(TooManyBadTrajectoriesError, match=r"2 of 12 .* prompt p1"):
         drop_bad_trajectories(groups, max_fraction=0.1)
     assert sum(len(g.trajectories) for g in groups) == 12
+    with pytest.raises(TooManyBadTrajectoriesError, match=r"1 of 1 .* which leaves none; .* nan"):
+        drop_bad_trajectories([group(0, 2, [(3, float("nan"))])], max_fraction=1.0)
 
 
 @pytest.mark.parametrize(("decay", "last"), [("constant", 1e-4), ("linear", 1e-5 + 9e-5 / 90), ("cosine", 1e-5)])

@@ -63,6 +63,12 @@ class ActorGroup:
         It takes no GPUs of Ray's: the actors have them already.
         """
         size = self.settings.rollout.tensor_parallel_size
+        machines = sorted({place.address for place in self.places})
+        if len(machines) > 1 and not any(place.gpus for place in self.places):
+            raise SettingsError(
+                f"cluster.colocate: the actors run on the CPUs of {len(machines)} machines ({', '.join(machines)}), which "
+                "share no memory to pass weights by; give --cluster.colocate false, or start them on one machine"
+            )
         options = []
         for first in range(0, self.settings.rollout.engines * size, size):
             hosts = [self.places[rank % len(self.places)] for rank in range(first, first + size)]

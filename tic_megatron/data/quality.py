@@ -25,7 +25,7 @@ def drop_bad_trajectories(groups: list[Group], *, max_fraction: float) -> list[s
         What was dropped, one line each, naming prompt and reason.
 
     Raises:
-        TooManyBadTrajectoriesError: more than `max_fraction` of them are bad; nothing has been dropped then.
+        TooManyBadTrajectoriesError: more than `max_fraction` of them are bad, or all; nothing has been dropped then.
     """
     bad: dict[int, str] = {}
     total = 0
@@ -36,10 +36,10 @@ def drop_bad_trajectories(groups: list[Group], *, max_fraction: float) -> list[s
             if problem:
                 bad[id(trajectory)] = f"prompt {group.prompt.id}, response {index}: {problem}"
     lines = list(bad.values())
-    if len(lines) > max_fraction * total:
+    if lines and (len(lines) > max_fraction * total or len(lines) == total):
+        limit = "which leaves none" if len(lines) == total else f"above algorithm.max_bad_fraction {max_fraction}"
         raise TooManyBadTrajectoriesError(
-            f"{len(lines)} of {total} trajectories cannot be trained on, above algorithm.max_bad_fraction {max_fraction}; "
-            f"the first: {lines[0]}"
+            f"{len(lines)} of {total} trajectories cannot be trained on, {limit}; the first: {lines[0]}"
         )
     for group in groups:
         group.trajectories = [t for t in group.trajectories if id(t) not in bad]
