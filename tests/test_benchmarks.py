@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from tests.workspace import write_rows
+from tic_megatron.commands.evaluate_preflight import _choose_device
 from tic_megatron.config import DataSettings, RewardSettings, SettingsError
+from tic_megatron.config_evaluate import EvaluateSettings
 from tic_megatron.evaluation import BENCHMARKS, choose_benchmarks, read_benchmark
 from tic_megatron.evaluation.results import benchmark_numbers, table, write_problems
 from tic_megatron.evaluation.saved import Mode, complete, read_rows
@@ -270,3 +272,24 @@ def test_a_single_problem_has_no_standard_error():
     numbers = benchmark_numbers(1, 0, [], [row])
     assert numbers["avg_at_1"] == 1.0 and numbers["avg_at_1_standard_error"] is None and "avg_at_k" not in numbers
     assert table({"mine": numbers})[1] == ["mine", "1", "-", "-", "-", "100.00", "3", "0.0%"]
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "used"),
+    [
+        ("cuda", {"dtype": "float16"}, "fp16"),
+        ("cuda", {"torch_dtype": "float16"}, "fp16"),
+        ("cuda", {"dtype": "bfloat16"}, "bf16"),
+        ("cuda", {"dtype": "float32"}, "bf16"),
+        ("cuda", {}, "bf16"),
+        ("cpu", {"dtype": "float16"}, "fp32"),
+    ],
+)
+def test_a_model_is_not_rounded_unasked(device, config, used):
+    settings = EvaluateSettings()
+    settings.cluster.device, settings.cluster.address = device, "10.0.0.1:6379"  # whose GPUs are not looked at from here
+    _choose_device(settings, config)
+    assert settings.rollout.precision == used
+    settings.rollout.precision = "bf16"
+    _choose_device(settings, {"dtype": "float16"})
+    assert settings.rollout.precision == "bf16"

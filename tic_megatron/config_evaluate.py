@@ -104,7 +104,7 @@ class EngineSettings:
     """Spread each layer's experts over an engine's tensor-parallel ranks instead of cutting every expert (mixture-of-experts
     models)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic and weights; `auto` is bf16 on GPUs and fp32 on CPUs."""
+    """Arithmetic and weights; `auto` is fp32 on CPUs, on GPUs fp16 for a model saved in fp16 and bf16 for all others."""
     stop_tokens: list[str] = field(default_factory=list)
     """More tokens that end a response, besides the model's own, by their texts, such as `<|im_end|>`."""
     max_concurrent_responses: int = 256

@@ -52,7 +52,7 @@ def evaluate_preflight(settings: EvaluateSettings) -> EvaluateInputs:
     _check_room(config, directory, settings)
     check_engine_layout(config, directory, settings.for_engines(1))
     check_weights(directory)
-    _choose_device(settings)
+    _choose_device(settings, config)
     _check_same_settings(settings)
     tokenizer, hf_config = load_tokenizer_and_config(directory, settings.model)
     check_cluster(settings.cluster.address)
@@ -104,7 +104,7 @@ def _read_problems(settings: EvaluateSettings) -> list[tuple[Benchmark, list[Pro
     return [(benchmark, read_benchmark(benchmark, data)[: options.limit]) for benchmark in chosen]
 
 
-def _choose_device(settings: EvaluateSettings) -> None:
+def _choose_device(settings: EvaluateSettings, model_config: dict[str, Any]) -> None:
     import torch
 
     cluster, rollout = settings.cluster, settings.rollout
@@ -112,7 +112,9 @@ def _choose_device(settings: EvaluateSettings) -> None:
     if cluster.device == "auto":
         cluster.device = "cuda" if gpus else "cpu"
     if rollout.precision == "auto":
-        rollout.precision = "bf16" if cluster.device == "cuda" else "fp32"
+        own = model_config.get("dtype", model_config.get("torch_dtype"))
+        on_gpu = "fp16" if own == "float16" else "bf16"  # bf16 would round what was trained in fp16
+        rollout.precision = on_gpu if cluster.device == "cuda" else "fp32"
     if cluster.device == "cpu" or cluster.address is not None:  # a running cluster's nodes may differ from this machine
         return
     if not gpus:
