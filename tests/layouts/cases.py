@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -12,6 +13,8 @@ from tests.rollouts import random_rollout
 from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.trajectory import Group
 
+FULL = (pytest.mark.slow, pytest.mark.repeat)
+"""Marks of the cases beside the chosen few that have every dimension: run by `scripts/test.sh --full` alone."""
 OBJECTIVES = ("tic_grpo", "grpo", "gspo")
 """One of each family: a trajectory, a token, a length-normalised ratio."""
 CLIP = (0.2, 0.28)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.layouts.cases import Layout
+from tests.layouts.cases import FULL, Layout
 from tests.layouts.proof import merge, relative_error
 from tic_megatron.checkpoints import Checkpoints, RunState
 
@@ -76,7 +76,7 @@ def cases():
             chosen = [(other, theirs) for other, theirs, fast in others if fast == tier]
             if chosen:
                 name = "-".join([model, str(layout), *map(str, options.values()), "fast" if tier else "more"])
-                yield pytest.param(model, layout, options, chosen, id=name, marks=() if tier else pytest.mark.slow)
+                yield pytest.param(model, layout, options, chosen, id=name, marks=() if tier else FULL)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ OVERTAKEN = [
 
 @pytest.mark.parametrize(
     ("model", "layout", "options"),
-    [pytest.param(m, x, o, id="-".join([m, str(x), *o]), marks=() if f else pytest.mark.slow) for m, x, o, f in OVERTAKEN],
+    [pytest.param(m, x, o, id="-".join([m, str(x), *o]), marks=() if f else FULL) for m, x, o, f in OVERTAKEN],
 )
 def test_what_is_written_is_what_was_there_when_the_save_began(prover, rank_pool, tmp_path, model, layout, options):
     """Training goes on, and everything that it may change is spoilt, before the first byte is written."""

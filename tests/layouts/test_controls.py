@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.layouts.cases import DENSE, EXPERTS, Layout, rollout
+from tests.layouts.cases import DENSE, EXPERTS, FULL, Layout, rollout
 from tests.layouts.proof import merge
 from tests.layouts.reference import second_update
 from tests.layouts.test_layouts import check
@@ -26,7 +26,7 @@ def layouts_of_models():
         for layout in layouts:
             if layout.world_size > 1 and not layout.options.keys() - {"layers_in_first_stage", "layers_in_last_stage"}:
                 fast = str(layout) in ("tp2-pp2", "pp2-vpp2", "tp2-ep2-etp2-dp2")
-                yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else pytest.mark.slow)
+                yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else FULL)
 
 
 @pytest.mark.parametrize(("model", "layout"), list(layouts_of_models()))
@@ -127,7 +127,7 @@ RESUMED = [
 
 @pytest.mark.parametrize(
     ("model", "layout", "options"),
-    [pytest.param(m, x, o, id="-".join([m, str(x), *o]), marks=() if fast else pytest.mark.slow) for m, x, o, fast in RESUMED],
+    [pytest.param(m, x, o, id="-".join([m, str(x), *o]), marks=() if fast else FULL) for m, x, o, fast in RESUMED],
 )
 def test_a_checkpoint_continues_bit_by_bit(prover, rank_pool, tmp_path, model, layout, options):
     """Also after an update that was skipped, which AdamW has not counted."""
@@ -156,10 +156,7 @@ WITH_OPTIONS = [
 
 @pytest.mark.parametrize(
     ("model", "layout", "options"),
-    [
-        pytest.param(m, x, o, id=f"{m}-{x}-{o['objective']}", marks=() if fast else pytest.mark.slow)
-        for m, x, o, fast in WITH_OPTIONS
-    ],
+    [pytest.param(m, x, o, id=f"{m}-{x}-{o['objective']}", marks=() if fast else FULL) for m, x, o, fast in WITH_OPTIONS],
 )
 def test_penalties_corrections_and_metrics_are_those_of_one_process(prover, rank_pool, model, layout, options):
     (metrics, gradient, kl), (expected, expected_gradient, expected_kl) = (
@@ -172,7 +169,7 @@ def test_penalties_corrections_and_metrics_are_those_of_one_process(prover, rank
     assert [value for _, value in kl] == pytest.approx([value for _, value in expected_kl], abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", [Layout(cp=2), pytest.param(Layout(pp=2, vpp=2, cp=2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(cp=2), pytest.param(Layout(pp=2, vpp=2, cp=2), marks=FULL)], ids=str)
 def test_bad_log_probs_are_named_once_in_every_layout(prover, rank_pool, layout):
     """One token's embedding is NaN: every rank skips the update, and no collective of it is left half done."""
     (*_, skipped), (*_, expected) = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.layouts.cases import Layout, settings_of
+from tests.layouts.cases import FULL, Layout, settings_of
 from tests.workspace import refusal
 from tic_megatron.checkpoints import Checkpoints, RunState
 
@@ -54,7 +54,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("model", "layout", "precision"),
-    [pytest.param(m, x, p, id=f"{m}-{x}-{p}", marks=() if fast else pytest.mark.slow) for m, x, p, fast in EXPORTED],
+    [pytest.param(m, x, p, id=f"{m}-{x}-{p}", marks=() if fast else FULL) for m, x, p, fast in EXPORTED],
 )
 def test_the_export_of_a_checkpoint_is_that_of_the_run(prover, rank_pool, tmp_path, model, layout, precision):
     checkpoint = save_run(prover, rank_pool, tmp_path / "run", model, layout, precision)

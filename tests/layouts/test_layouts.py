@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.layouts.cases import FAST, MODELS, rollout
+from tests.layouts.cases import FAST, FULL, MODELS, rollout
 from tests.layouts.proof import Finding
 from tests.layouts.reference import load_float64
 from tic_megatron.weights.stages import layers_of_stages
@@ -20,7 +20,7 @@ def cases():
     for model, layouts in MODELS.items():
         for layout in layouts:
             fast = str(layout) in FAST.get(model, ())
-            yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else pytest.mark.slow)
+            yield pytest.param(model, layout, id=f"{model}-{layout}", marks=() if fast else FULL)
 
 
 def check(finding: Finding) -> None:
