@@ -56,3 +56,30 @@ def test_it_is_made_again_when_something_else_is_due(tmp_path, steps_ahead, prom
     source = continued(tmp_path, steps_ahead=steps_ahead)
     source.begin([group.prompt for group in prompts], step)
     assert source.collect() == MADE_AGAIN
+
+
+def test_it_is_in_the_checkpoint_until_its_step_is_trained(tmp_path):
+    """Also when the run is told to leave just after it was collected: the weights that made it are gone by then."""
+    source = continued(tmp_path, steps_ahead=1)
+    assert source.pending(4) is None  # not begun; the checkpoint that the run continues from has it
+    source.begin([group.prompt for group in MADE], 5)
+    between = source.pending(4)
+    groups = source.collect()
+    for kept in (between, source.pending(4)):
+        assert kept.step == 5 and kept.groups == groups == MADE[:3] and kept.report.graded == 6
+        assert kept.set_aside == [(MADE[3].prompt.id, "engines failed on it")]
+    assert source.pending(5) is None
+    source.begin([group.prompt for group in MADE], 6)
+    source.wait(None, 5)
+    assert source.pending(5).groups == MADE_AGAIN and source.pending(6) is None
+    source.collect()
+    source.begin([group.prompt for group in MADE], 6, refill=1)
+    source.wait(None, 5)
+    assert source.pending(5) is None
+
+
+def test_without_working_ahead_nothing_is_kept(tmp_path):
+    source = continued(tmp_path, steps_ahead=0)
+    source.begin([group.prompt for group in MADE], 5)
+    source.collect()
+    assert source.pending(4) is None

@@ -316,7 +316,7 @@ class Run:
         """Begin to save; unless `trainer.async_save`, also finish."""
         self.progress.phase("save")
         self.state.wall_s += self._lap()
-        describe = functools.partial(self._describe, pending=self.rollouts.pending())
+        describe = functools.partial(self._describe, pending=self.rollouts.pending(self.state.step))
         self.checkpoints.save(self.state, self.actors.begin_checkpoint, describe)
         self._saved = self.state.step
         if not self.settings.trainer.async_save:

@@ -42,8 +42,8 @@ class RolloutSource(Protocol):
         """Every trajectory's reward is set when this returns; what happened meanwhile."""
         ...
 
-    def pending(self) -> PendingRollout | None:
-        """What was begun, made and graded, and not collected yet: for a checkpoint."""
+    def pending(self, trained: int) -> PendingRollout | None:
+        """What was made ahead and graded, of a later step than the one that was `trained` last: for a checkpoint."""
         ...
 
     def restore(self, pending: PendingRollout) -> None:
@@ -84,6 +84,7 @@ class SampledRollouts:
         self.rewards = rewards
         self._note = note
         self._under_way: _UnderWay | _Restored | None = None
+        self._collected: _UnderWay | _Restored | None = None  # the last
         self._restored: PendingRollout | None = None
         self._step = self._refill = 0
         self._latest: tuple | None = None
@@ -122,7 +123,7 @@ class SampledRollouts:
         """The groups, without the prompts that were set aside, which are named. WorkerError when all of a step's were."""
         under_way = self._under_way
         rollout = under_way.responses()
-        self._under_way = None
+        self._under_way, self._collected = None, under_way
         self._grader = under_way.grader
         return self._account(rollout)
 
@@ -136,11 +137,15 @@ class SampledRollouts:
             self._note(f"warning: {more} more responses could not be graded; all are in logs/rewards.log")
         return report
 
-    def pending(self) -> PendingRollout | None:
-        """One step ahead, what is there between two steps."""
-        if self._refill or self._under_way is None or self._under_way.at_work or self._under_way.failed:
+    def pending(self, trained: int) -> PendingRollout | None:
+        """One step ahead, what is there between two steps, also if it has just been collected: until a step is trained nothing
+        changes its rollout."""
+        made = self._under_way or self._collected
+        if not self.settings.rollout.steps_ahead or self._step <= trained or self._refill:
             return None
-        return PendingRollout.of(self._step, self._under_way.responses(), self._under_way.grader.finish())
+        if made is None or made.at_work or made.failed:
+            return None
+        return PendingRollout.of(self._step, made.responses(), made.grader.finish())
 
     def restore(self, pending: PendingRollout) -> None:
         """The weights that made it are gone: it cannot be made again. When the run no longer works ahead, nobody corrects it for
@@ -367,7 +372,7 @@ class ReplayedRollouts:
         """They were graded when they were saved."""
         return GradeReport()
 
-    def pending(self) -> PendingRollout | None:
+    def pending(self, trained: int) -> PendingRollout | None:
         """Nothing is begun ahead."""
 
     def restore(self, pending: PendingRollout) -> None:
