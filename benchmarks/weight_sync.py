@@ -42,7 +42,7 @@ MODELS = {
 LAYOUTS = {
     "TP 1": {},
     "TP 2": {"tensor_parallel_size": 2},
-    "PP 2": {"pipeline_parallel_size": 2},
+    "PP 2": {"pipeline_parallel_size": 2, "layers_in_first_stage": 7},
     "EP 2": {"expert_parallel_size": 2},
 }
 CASES = [
@@ -97,7 +97,7 @@ def settings_for(layout: dict[str, int], model: Path, bucket_mib: int) -> Any:
     settings.actor.optimizer, settings.actor.distributed_optimizer = "sgd", False
     for name, size in layout.items():
         setattr(settings.actor, name, size)
-        settings.cluster.gpus_per_node *= size
+        settings.cluster.gpus_per_node *= size if name.endswith("parallel_size") else 1
     return settings
 
 
