@@ -132,6 +132,7 @@ def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):
 
 def test_what_was_damaged_is_not_overwritten(saved):
     for number in ("", "1"):
+        saved = Checkpoints(saved.folder.parent, keep=2)  # of a run that continues from step 20
         damaged = files(saved.folder / "step_30")[0]
         flip(damaged)
         content = damaged.read_bytes()
@@ -139,6 +140,14 @@ def test_what_was_damaged_is_not_overwritten(saved):
         assert saved.find("auto")[0].name == "step_30"
         aside = saved.folder / f"step_30.replaced{number}"
         assert (aside / damaged.relative_to(saved.folder / "step_30")).read_bytes() == content
+
+
+def test_a_step_that_is_saved_again_is_replaced(saved):
+    """With the rollout that was still being made at first; there is never more or less of it than once."""
+    before = (saved.folder / "step_30").stat().st_ino
+    save(saved, 30)
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30"]
+    assert saved.find("auto") == (saved.folder / "step_30", []) and (saved.folder / "step_30").stat().st_ino != before
 
 
 def test_what_is_moved_aside_takes_a_free_name(saved):

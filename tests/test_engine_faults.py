@@ -17,6 +17,7 @@ from tests.fake_engines import FakeEngine
 from tests.models import make_tiny_qwen3
 from tests.processes import wait_until_gone
 from tic_megatron.config import Settings
+from tic_megatron.preemption import Preempted, Preemption
 from tic_megatron.remote import WorkerError
 from tic_megatron.rollout import pool
 from tic_megatron.rollout.engines import EngineGroup
@@ -319,6 +320,32 @@ def test_one_step_ahead_the_last_engine_waits_for_the_actors(start):
     versions = [{t.weight_version for t in g.trajectories} for g in groups]
     assert all(len(version) == 1 for version in versions)
     assert set.union(*versions) == {1, 2}
+
+
+def test_one_step_ahead_a_signal_does_not_wait_for_the_rollout_and_loses_nothing_of_it(start):
+    group, actors = start(1), FakeActors()
+    source = rollouts_of(group)
+    source.settings.rollout.steps_ahead = 1
+    source.use_weights(actors, 1)
+    source.begin(prompts_of(40, tokens=16), 2)
+    preemption, before = Preemption(), signal.getsignal(signal.SIGTERM)
+    preemption.listen()
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Preempted), preemption.breakable():
+            source.wait(actors, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert source._under_way.at_work and source.pending(1) is None  # the first save has none
+    calls = list(actors.calls)
+    os.kill(group.pool.engines[0].pid, signal.SIGKILL)
+    time.sleep(3.0)
+    assert actors.calls == calls  # they are being saved
+    source.wait(actors, 1)
+    pending = source.pending(1)
+    assert pending.step == 2 and len(pending.groups) == 40
+    assert {t.weight_version for g in pending.groups for t in g.trajectories} == {1}
 
 
 # ---- dispatch ----

@@ -7,7 +7,9 @@ import random
 
 import pytest
 
+from tic_megatron.config import LoggingSettings
 from tic_megatron.observability.health import CHECKS, REPEAT_AFTER, SPIKE_WARM_UP, WINDOW, HealthMonitor, SpikeDetector
+from tic_megatron.observability.metrics import MetricsLogger
 
 HEALTHY = {
     "policy/ess": 0.95,
@@ -64,6 +66,27 @@ def test_each_sign_is_found_once_and_again_later(name):
 
 def test_a_sure_policy_that_is_right_is_no_collapse():
     assert warnings_of([HEALTHY] * WINDOW + [HEALTHY | {"policy/entropy": 0.01, "reward/mean": 0.97}] * 30) == []
+
+
+def test_a_run_that_continues_gives_the_warnings_that_it_would_have_given(tmp_path):
+    """The windows, the first of them, the usual norms and what was told come from the rows that it has logged."""
+    rng = random.Random(3)
+    noise = [{"policy/grad_norm_update_0": 0.3 * math.exp(rng.gauss(0, 0.1)), "policy/kl": math.nan} for _ in range(120)]
+    steps = [HEALTHY | row for row in noise]
+    for at in range(35, 60):
+        steps[at] |= SIGNS["truncation"] | SIGNS["entropy collapse"]
+    for at in (45, 80):
+        steps[at]["policy/grad_norm_update_0"] = 30.0
+    whole = warnings_of(steps)
+    assert {line.split(":")[0] for _, line in whole} == {"truncation", "entropy collapse", "gradient spike"}
+    for cut in (5, 40, 47, 79):
+        logger = MetricsLogger(tmp_path / str(cut), LoggingSettings(tensorboard=False), "run", {})
+        for step, metrics in enumerate(steps[: cut + 2], 1):
+            logger.log(step, metrics)
+        monitor = HealthMonitor()
+        before = [(step, line) for step, row in logger.truncate_after(cut) for line in monitor.check(step, row)]
+        after = [(step, line) for step, row in enumerate(steps[cut:], cut + 1) for line in monitor.check(step, row)]
+        assert before + after == whole
 
 
 def norms(seed: int, n: int, *, spread: float, drift: float = 0.0, tail: bool = False) -> list[float]:

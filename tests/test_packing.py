@@ -193,3 +193,5 @@ def test_updates_skipped_in_a_row_end_the_run_over_steps_too() -> None:
         skips.add([SkippedUpdate(k, ["p"]) for k in indices], 4)
     with pytest.raises(TooManyBadTrajectoriesError, match=r"3 updates in a row were skipped .*max_skipped_updates"):
         skips.add([SkippedUpdate(0, [])], 4)
+    with pytest.raises(TooManyBadTrajectoriesError, match="3 updates in a row"):  # two of them before an interruption
+        SkippedInARow(3, count=2).add([SkippedUpdate(0, [])], 4)

@@ -74,11 +74,11 @@ def test_the_worker_process_grades_dense_rewards() -> None:
     assert worker_main._grade(reward, [{"tokens": ["a", "bc"], "answer": ""}]) == {"results": [{"reward": [1.0, 0.5]}]}
     assert "ZeroDivisionError" in worker_main._grade(reward, [{"tokens": ["a", ""], "answer": ""}])["fault"]["failed"]
     process = subprocess.run(
-        [
-            *(sys.executable, "-m", "tic_megatron.rewards.worker_main"),
-            json.dumps({"source": "exact_dense", "settings": asdict(RewardSettings())}),
-        ],
-        input=json.dumps({"call": 0, "items": [{"tokens": ["4", "6", ""], "answer": "46"}]}) + "\n",
+        [sys.executable, "-m", "tic_megatron.rewards.worker_main"],
+        input=json.dumps({"source": "exact_dense", "program": None, "settings": asdict(RewardSettings())})
+        + "\n"
+        + json.dumps({"call": 0, "items": [{"tokens": ["4", "6", ""], "answer": "46"}]})
+        + "\n",
         capture_output=True,
         text=True,
         check=True,

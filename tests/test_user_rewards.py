@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -180,9 +182,8 @@ def test_secrets_are_for_those_that_need_them(functions: Path, monkeypatch: pyte
         ("@decorated\ndef f(tokens, answer): ...", ("tokens", "answer")),
     ],
 )
-def test_forms(tmp_path: Path, source: str, parameters: tuple[str, ...]) -> None:
-    (tmp_path / "r.py").write_text(source)
-    form = read_form(str(tmp_path / "r.py"), "f")
+def test_forms(source: str, parameters: tuple[str, ...]) -> None:
+    form = read_form("r.py", "f", source.encode())
     assert form.parameters == parameters
     assert form.asynchronous == source.startswith("async")
     assert (form.batched, form.dense) == ("responses" in parameters, "tokens" in parameters)
@@ -207,6 +208,23 @@ def test_a_file_that_cannot_be_run_ends_the_start(tmp_path: Path) -> None:
         rewards.grade([("1", "1")])
     (tmp_path / "r.py").write_text("def f(response): return 1.0\n")
     check_rewards(settings)
+
+
+def test_a_file_that_is_changed_later_is_not_that_of_this_run(tmp_path: Path) -> None:
+    """A grader that is started for one that died grades like the others. (The file is longer than what a pipe holds.)"""
+    file = tmp_path / "r.py"
+    file.write_bytes(
+        b"# coding: latin-1\nPRICE = '\xa3'\n" + b"# long\n" * 40_000 + b"def f(response): return float(PRICE == response)\n"
+    )
+    with RewardWorkers(RewardSettings(function=f"{file}:f", workers=1)) as rewards:
+        assert rewards.grade([("£", "")])[0] == [1.0]
+        file.write_text("def f(response): return 7.0\n")
+        before = rewards.workers[0].pid
+        os.kill(before, signal.SIGKILL)
+        assert rewards.grade([("£", ""), ("$", "")])[0] == [1.0, 0.0]
+        assert rewards.workers[0].pid != before
+    with RewardWorkers(RewardSettings(function=f"{file}:f", workers=1)) as rewards:
+        assert rewards.grade([("£", "")])[0] == [7.0]
 
 
 def test_a_check_of_rewards_leaves_no_process(functions: Path) -> None:

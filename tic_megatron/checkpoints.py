@@ -31,7 +31,8 @@ class RunState:
 
     `step`: last step that was trained; `unrecorded`: its metrics, as long as its evaluation is to come; `cursor`: place in the
     training problems; `accuracy_before`, `accuracy`: measured before step 1 and last, as `benchmarks_before`, `benchmarks` by
-    their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of the user's Python files, by the setting that names them.
+    their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of the user's Python files, by the setting that names them;
+    `skipped_in_a_row`: the last updates, as far as all were skipped.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class RunState:
     benchmarks: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     programs: dict[str, str] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
 
 
 class CheckpointError(RuntimeError):
@@ -70,13 +72,15 @@ class Checkpoints:
         """Saves that have failed."""
         self.error: Exception | None = None
         """Of the last that has failed."""
+        self._published: int | None = None  # step of the last
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last save
         self._untold: list[str] = []
 
     def save(self, state: RunState, begin_actors: Callable[[Path], Written], describe: Callable[[Path], None]) -> None:
         """Begin to write a checkpoint, when the one before is finished; it is published by a rename, and the oldest beyond `keep`
-        are removed. What lies there under the same name, because it was found damaged, is moved aside.
+        are removed. What lies there under the same name, because it was found damaged, is moved aside; one of the same step that
+        was saved just before is replaced.
 
         Args:
             state: the driver's, as it is now.
@@ -126,19 +130,21 @@ class Checkpoints:
             (unfinished / "state.json").write_text(state, encoding="utf-8")
             describe(unfinished)
             (unfinished / MANIFEST).write_text(json.dumps(_describe(unfinished), indent=1), encoding="utf-8")
-            self._publish(unfinished, self.folder / f"step_{step}")
+            self._publish(unfinished, step)
         except Exception as error:
             self._fail(step, unfinished, error)
 
-    def _publish(self, unfinished: Path, target: Path) -> None:
+    def _publish(self, unfinished: Path, step: int) -> None:
+        target = self.folder / f"step_{step}"
         _sync(unfinished / MANIFEST)
         for folder in (unfinished / "actors", unfinished / MODEL_FOLDER, unfinished):
             _sync(folder)
-        if target.exists():
-            self._set_aside(target)
+        before = self._set_aside(target) if target.exists() else None
         unfinished.rename(target)
         _sync(self.folder)
-        for old in self._all()[: -self.keep]:
+        replaced = [before] if before and self._published == step else []
+        self._published = step
+        for old in [*replaced, *self._all()[: -self.keep]]:
             try:
                 shutil.rmtree(old)
             except OSError as error:
@@ -150,9 +156,9 @@ class Checkpoints:
             if _step_of(checkpoint) > step:
                 self._set_aside(checkpoint)
 
-    def _set_aside(self, checkpoint: Path) -> None:
+    def _set_aside(self, checkpoint: Path) -> Path:
         names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
-        checkpoint.rename(next(place for name in names if not (place := self.folder / name).exists()))
+        return checkpoint.rename(next(place for name in names if not (place := self.folder / name).exists()))
 
     def _fail(self, step: int, unfinished: Path, error: Exception) -> None:
         reason = disk_problem(error, unfinished) if isinstance(error, OSError) else str(error)

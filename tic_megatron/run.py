@@ -59,10 +59,10 @@ class Run:
         self.state = RunState()
         self.timers = PhaseTimers()
         self.health = HealthMonitor()
-        self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates)
         self.memory = MemoryLog(self.dir / "logs") if settings.logging.memory else None
         self.preemption = Preemption()
         self._saved: int | None = None  # the step of the last checkpoint
+        self._saved_pending = False  # whether it has a rollout that was made ahead
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -84,6 +84,7 @@ class Run:
         self.state = begin_state(checkpoint, settings)
         self.checkpoints.set_aside_after(self.state.step)
         self._saved = self.state.step if checkpoint else None
+        self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
         self.preemption.listen()
         unmark(self.dir)
         self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)
@@ -92,7 +93,8 @@ class Run:
         self._begun = self.state.step  # the last step whose rollout was begun
         self.logger = MetricsLogger(self.dir, settings.logging, settings.run.name, asdict(settings))
         self._stack.callback(self.logger.close)
-        self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None))
+        for step, row in self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None)):
+            self.health.check(step, row)
         self.progress = self._stack.enter_context(
             ProgressDisplay(settings.trainer.steps, start_step=self.state.step, title=settings.run.name)
         )
@@ -116,6 +118,7 @@ class Run:
             pending = PendingRollout.read(checkpoint)
             if pending is not None:
                 self.rollouts.restore(pending)
+                self._saved_pending = True
         # When only the export is left, the actors keep their GPUs.
         if self.state.step < settings.trainer.steps or self.state.unrecorded is not None:
             self.rollouts.use_weights(self.actors, version=self.state.step)
@@ -284,6 +287,7 @@ class Run:
         row = metrics | saves | (self.memory.metrics() if self.memory else {})
         self.state.unrecorded = {name: float(value) for name, value in row.items()}
         self.state.step, self.state.cursor = step, self._cursor_state  # not yet beyond the prompts that were only sampled
+        self.state.skipped_in_a_row = self.skipped_in_a_row.count
 
     def record(self) -> None:
         """Evaluate the trained step if that is due, log it, and save what is due."""
@@ -300,23 +304,42 @@ class Run:
             self.to_training()
             self._save()
             self.log_memory(step, "save")
+            self.preemption.check()
             if step < trainer.steps and self.settings.cluster.colocate:  # engines elsewhere still have these weights
                 self.rollouts.use_weights(self.actors, version=step)
 
     def leave(self, signal_name: str) -> None:
-        """Save the last trained step, unless it is saved, and leave a marker for whoever queues the run again."""
+        """Save the last trained step, unless it is saved, and leave a marker for whoever queues the run again. Only then wait for
+        a rollout that is being made ahead, and save it too: it may take longer than the grace that there is."""
+        ahead = self.settings.rollout.steps_ahead
         if self.state.step > 0 and (self._saved != self.state.step or self.checkpoints.finish() is not None):
-            self.rollouts.stop()  # engines may be at work, on the actors' GPUs
+            if not ahead:
+                self.rollouts.stop()  # engines may be at work, on the actors' GPUs
             self.actors.restore()
             self._save()
         self._check_saved()
         mark(self.dir, signal_name, self.state.step)
+        if ahead and self.state.step > 0 and not self._saved_pending:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        """Save again, with the rollout that is being made ahead. When that fails, it is made again where the run goes on."""
+        self.progress.phase("generate")
+        try:
+            self.rollouts.wait(self.actors, version=self.state.step)
+        except Exception as error:
+            self.progress.note(f"warning: the rollout that was being made ahead is lost: {error}")
+            return
+        if self.rollouts.pending(self.state.step) is not None:
+            self._save()
 
     def _save(self) -> None:
         """Begin to save; unless `trainer.async_save`, also finish."""
         self.progress.phase("save")
         self.state.wall_s += self._lap()
-        describe = functools.partial(self._describe, pending=self.rollouts.pending(self.state.step))
+        pending = self.rollouts.pending(self.state.step)
+        self._saved_pending = pending is not None
+        describe = functools.partial(self._describe, pending=pending)
         self.checkpoints.save(self.state, self.actors.begin_checkpoint, describe)
         self._saved = self.state.step
         if not self.settings.trainer.async_save:

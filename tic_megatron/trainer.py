@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,12 +68,13 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
         with timed("update"):
             metrics, skipped = run.actors.update()
             run.report_skipped(skipped, groups)
-        with timed("generate"):
-            run.rollouts.wait(run.actors, version=step)  # for the next step's, one step ahead
-        run.log_memory(step, "train")
-        with timed("weight_sync"):
-            run.rollouts.use_weights(run.actors, version=step)
-        run.log_memory(step, "weight_sync")
+        with suppress(Preempted):  # the step is trained; the run leaves once it is recorded
+            with timed("generate"), run.preemption.breakable():
+                run.rollouts.wait(run.actors, version=step)  # for the next step's, one step ahead
+            run.log_memory(step, "train")
+            with timed("weight_sync"):
+                run.rollouts.use_weights(run.actors, version=step)
+            run.log_memory(step, "weight_sync")
     n_tokens = sum(len(t.tokens) for group in sampled for t in group.trajectories)
     speed = {"throughput/tokens_per_s": n_tokens / timed.seconds("step")}
     made = rollout_metrics(sampled, step) | run.rollouts.metrics() | refilled

@@ -159,6 +159,10 @@ DAMAGED = {
     "metrics without steps": (fill("run/metrics.jsonl", '{"reward/mean": 1}\n'), ["run.dir", "metrics.jsonl", "line 1", "step"]),
     "metrics of a list": (fill("run/metrics.jsonl", "[1]\n"), ["run.dir", "metrics.jsonl", "line 1"]),
     "metrics with text for a step": (fill("run/metrics.jsonl", '{"step": "1"}\n'), ["run.dir", "metrics.jsonl", "line 1"]),
+    "metrics that are words": (
+        fill("run/metrics.jsonl", '{"step": 1, "reward/mean": "good"}\n'),
+        ["run.dir", "metrics.jsonl", "line 1", "'reward/mean' is not a number"],
+    ),
     "metrics that are binary": (fill("run/metrics.jsonl", b"\xff\xfe\n"), ["run.dir", "metrics.jsonl"]),
     "metrics that are a folder": (both(make_run, folder("run/metrics.jsonl")), ["run.dir", "metrics.jsonl"]),
     **{

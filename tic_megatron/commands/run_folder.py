@@ -178,6 +178,9 @@ def _check_metrics(path: Path) -> None:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise SettingsError(f"run.dir: {path}, line {number}: no row of metrics with a step; {advice}")
+        other = next((name for name, value in row.items() if value is not None and not isinstance(value, int | float)), None)
+        if other is not None:
+            raise SettingsError(f"run.dir: {path}, line {number}: {other[:60]!r} is not a number; {advice}")
 
 
 def changed_settings(folder: Path, settings: Settings, setting: str = "run.dir") -> dict[str, tuple[Any, Any]]:

@@ -90,20 +90,20 @@ def report_skipped_updates(
 
 
 class SkippedInARow:
-    """Counts the updates that were skipped one after another, over steps too."""
+    """Counts the updates that were skipped one after another, over steps too. `count`: so many, up to now."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, count: int = 0) -> None:
         self._limit = limit
-        self._count = 0
+        self.count = count
 
     def add(self, skipped: Sequence[SkippedUpdate], n_updates: int) -> None:
         """A step of `n_updates` is done. TooManyBadTrajectoriesError when `limit` updates in a row have been skipped."""
         indices = {update.index for update in skipped}
         for index in range(n_updates):
-            self._count = self._count + 1 if index in indices else 0
-            if self._count >= self._limit:
+            self.count = self.count + 1 if index in indices else 0
+            if self.count >= self._limit:
                 raise TooManyBadTrajectoriesError(
-                    f"{self._count} updates in a row were skipped for log-probs or gradients that are not finite "
+                    f"{self.count} updates in a row were skipped for log-probs or gradients that are not finite "
                     "(algorithm.max_skipped_updates); the lines before this one name the prompts. Lower actor.learning_rate, use "
                     "another actor.precision, or continue from an older checkpoint"
                 )

@@ -148,7 +148,10 @@ class SpikeDetector:
 
 
 class HealthMonitor:
-    """Feed it every step's metrics; it returns warnings, each kind at most once in `REPEAT_AFTER` steps."""
+    """Feed it every step's metrics; it returns warnings, each kind at most once in `REPEAT_AFTER` steps.
+
+    A run that continues feeds it the rows of `metrics.jsonl` first, of which the warnings were given.
+    """
 
     def __init__(self, checks: Iterable[Check] = CHECKS):
         self._checks = tuple(checks)

@@ -82,14 +82,15 @@ class MetricsLogger:
         for sink in self._sinks:
             sink.log(step, {name: value for name, value in row.items() if name != "step" and value is not None})
 
-    def truncate_after(self, step: int) -> None:
-        """Forget the rows of later steps, as the run continues after this one."""
+    def truncate_after(self, step: int) -> list[tuple[int, dict[str, float]]]:
+        """Forget the rows of later steps, as the run continues after this one; those that are left, as they were logged."""
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
         if self._path.exists():
-            kept = [row for row in read_metrics(self._path) if row["step"] <= step]
             with atomic_writer(self._path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in kept)
         for sink in self._sinks:
             sink.truncate_after(step)
+        return [(int(row.pop("step")), {name: math.nan if x is None else x for name, x in row.items()}) for row in kept]
 
     def close(self) -> None:
         """Flush and end all loggers."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from tic_megatron.config import RewardSettings, RewardTerm, SettingsError
 from tic_megatron.rewards.endpoint import endpoint_reward
 from tic_megatron.rewards.registry import Reward, get_reward
-from tic_megatron.rewards.user_functions import user_reward
+from tic_megatron.rewards.user_functions import read_program, user_reward
 
 RESERVED = "overlong"
 """`reward/overlong_mean` is that of the punishment."""
@@ -17,11 +17,12 @@ RESERVED = "overlong"
 @dataclass(frozen=True)
 class Term:
     """A term of the sum. `name` is unlike those of the others: `math`, `concise`, `http`; with `_2`, `_3` where two would be
-    alike. `source` is what `open_reward` finds it by."""
+    alike. `open_reward` finds it by `source` and `program`."""
 
     name: str
     weight: float
     source: RewardTerm
+    program: bytes | None
     reward: Reward
 
 
@@ -31,10 +32,11 @@ def read_terms(settings: RewardSettings) -> list[Term]:
     terms: list[Term] = []
     taken = {RESERVED: 1}
     for source in settings.terms:
-        reward = open_reward(source, settings)
+        program = read_program(source.function[0]) if source.function else None
+        reward = open_reward(source, settings, program)
         taken[reward.name] = taken.get(reward.name, 0) + 1
         name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
-        terms.append(Term(name, source.weight, source, reward))
+        terms.append(Term(name, source.weight, source, program, reward))
     for term in terms:
         if term.reward.dense and len(terms) > 1:
             raise SettingsError(
@@ -44,12 +46,12 @@ def read_terms(settings: RewardSettings) -> list[Term]:
     return terms
 
 
-def open_reward(source: RewardTerm, settings: RewardSettings) -> Reward:
-    """The reward of a term. SettingsError as for `read_terms`."""
+def open_reward(source: RewardTerm, settings: RewardSettings, program: bytes | None) -> Reward:
+    """The reward of a term, whose file, if it is a function of one, held this program. SettingsError as for `read_terms`."""
     if source.is_endpoint:
         return endpoint_reward(source.source, settings)
     if source.function is not None:
-        return user_reward(*source.function)
+        return user_reward(*source.function, program)
     if source.source.endswith(".py"):
         raise SettingsError(f"reward.function: {Path(source.source).name} names no function; give FILE.py:function")
     reward = get_reward(source.source)

@@ -1,15 +1,16 @@
 """Reward functions in files of the user's: `reward.function: rewards.py:concise`.
 
 The driver never runs such a file. It reads from the source what the function takes; worker processes run it, the first one
-before the start of a run, to see that it can be.
+before the start of a run, to see that it can be. All run what the driver has read, also those that are started after the file has
+been changed: one run has one reward.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,27 @@ from tic_megatron.config import SettingsError
 from tic_megatron.rewards.registry import CallForm, Reward, describe
 
 
-def user_reward(path: str, name: str) -> Reward:
-    """The reward that the function `name` of a file is. SettingsError when the file is not there or cannot be parsed, or
+def read_program(path: str) -> bytes:
+    """The file. SettingsError when it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"reward.function: {path} cannot be read ({error.strerror}); give a Python file") from error
+
+
+def user_reward(path: str, name: str, program: bytes) -> Reward:
+    """The reward that the function `name` of a file is, which held this program. SettingsError when it cannot be parsed, or
     defines no such function, or one that cannot be called."""
-    function = UserFunction(path, name)
-    return Reward(name, function, isolated=True, prepare=function.load, form=read_form(path, name))
+    function = UserFunction(path, name, program)
+    return Reward(name, function, isolated=True, prepare=function.load, form=read_form(path, name, program))
 
 
-def read_form(path: str, name: str) -> CallForm:
+def read_form(path: str, name: str, program: bytes) -> CallForm:
     """What a function takes, from its source. SettingsError as for `user_reward`."""
     if not name.isidentifier():
         raise SettingsError(f"reward.function: {name!r} is no name of a function of {path}; give FILE.py:function")
     try:
-        tree = ast.parse(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise SettingsError(f"reward.function: {path} cannot be read ({error.strerror}); give a Python file") from error
+        tree = ast.parse(program, path)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         place = f"{path}, line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else path
         reason = error.msg if isinstance(error, SyntaxError) else "it cannot be parsed"
@@ -61,21 +68,21 @@ def _parameters(arguments: ast.arguments) -> list[tuple[str, bool]]:
 class UserFunction:
     """Calls the function, once it is loaded."""
 
-    def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
+    def __init__(self, path: str, name: str, program: bytes) -> None:
+        self.path, self.name, self.program = path, name, program
         self._function: Callable | None = None
 
     def __call__(self, **arguments: Any) -> Any:
         return self._function(**arguments)
 
     def load(self) -> None:
-        """Run the file, as a module beside which others can be imported. SettingsError, naming its line, when it fails."""
+        """Run the program, as a module beside which others can be imported. SettingsError, naming its line, when it fails."""
         sys.path.append(str(Path(self.path).parent))
-        spec = importlib.util.spec_from_file_location(f"user_rewards_{Path(self.path).stem}", self.path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
+        module = types.ModuleType(f"user_rewards_{Path(self.path).stem}")
+        module.__file__ = self.path
+        sys.modules[module.__name__] = module
         try:
-            spec.loader.exec_module(module)
+            exec(compile(self.program, self.path, "exec"), module.__dict__)
             self._function = getattr(module, self.name)
         except BaseException as error:  # of sys.exit too
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]

@@ -20,6 +20,7 @@ from typing import Any
 import tic_megatron
 from tic_megatron.config import RewardSettings, RewardTerm
 from tic_megatron.rewards.secret_names import looks_secret
+from tic_megatron.rewards.terms import Term
 
 START_LIMIT_S = 120.0
 """A worker that is not ready by then counts as broken (its imports take about a second)."""
@@ -56,7 +57,7 @@ class Worker:
     """A process and its calls under way, by number. `deadline` is when the first of them, or its start, is overdue."""
 
     def __init__(
-        self, source: RewardTerm, settings: RewardSettings, log_path: Path | None, *, asynchronous: bool, check: bool = False
+        self, term: Term, settings: RewardSettings, log_path: Path | None, *, asynchronous: bool, check: bool = False
     ) -> None:
         self.calls: dict[int, Call] = {}
         self.starting = True
@@ -68,14 +69,15 @@ class Worker:
         self._buffer = b""
         package_parent = str(Path(tic_megatron.__file__).resolve().parent.parent)
         search_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-        environment = without_secrets(os.environ) | _kept_secrets(source, settings)
-        order = {"source": source.source, "settings": asdict(settings), "check": check}
+        environment = without_secrets(os.environ) | _kept_secrets(term.source, settings)
+        program = term.program.decode("latin-1") if term.program is not None else None
+        order = {"source": term.source.source, "program": program, "settings": asdict(settings), "check": check}
         if log_path is not None:
             log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path or os.devnull, "ab") as log:
             self._process = subprocess.Popen(
                 # A plain interpreter, not multiprocessing: that would import the caller's main module, torch and all.
-                [sys.executable, "-P", "-m", "tic_megatron.rewards.worker_main", json.dumps(order)],
+                [sys.executable, "-P", "-m", "tic_megatron.rewards.worker_main"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -83,6 +85,9 @@ class Worker:
                 start_new_session=True,  # Ctrl-C is the driver's to handle; a worker ends when its pipe closes
             )
         self.input, self.output = self._process.stdin, self._process.stdout
+        with contextlib.suppress(BrokenPipeError):  # it has died; its end of the other pipe says so
+            self.input.write(json.dumps(order).encode() + b"\n")
+            self.input.flush()
         os.set_blocking(self.input.fileno(), False)  # one that is busy does not read, and must not hold the driver up
 
     @property

@@ -221,7 +221,7 @@ class _Pool:
         self.workers = [self._start() for _ in range(n)]
 
     def _start(self) -> Worker:
-        return Worker(self.term.source, self._settings, self._log_path, asynchronous=self.term.reward.form.asynchronous)
+        return Worker(self.term, self._settings, self._log_path, asynchronous=self.term.reward.form.asynchronous)
 
     @property
     def busy(self) -> bool:
@@ -326,7 +326,7 @@ def check_rewards(settings: RewardSettings) -> None:
     for term in read_terms(settings):
         if term.source.function is None and not term.source.is_endpoint and term.reward.check is None:
             continue
-        worker = Worker(term.source, settings, None, asynchronous=False, check=True)
+        worker = Worker(term, settings, None, asynchronous=False, check=True)
         try:
             message = worker.first_message()
         finally:

@@ -304,7 +304,11 @@ class _UnderWay:
     def responses(self) -> Rollout:
         """Wait for the responses; the actors are the thread's meanwhile."""
         self._somebody_waits.set()
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:  # told to leave
+            self._somebody_waits.clear()
+            raise
         if self._error is not None:
             raise self._error
         return self._rollout
