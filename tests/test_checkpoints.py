@@ -6,9 +6,15 @@ import errno
 import pickle
 import random
 import re
+import shutil
+import signal
+import sys
 import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,7 +24,7 @@ from transformers import AutoConfig
 from tests.models import make_tokenizer
 from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.megatron.metadata import check_metadata
-from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, load_state
+from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, find_pending, load_state
 from tic_megatron.cli import main
 from tic_megatron.config import ActorSettings, RunSettings, Settings, SettingsError
 from tic_megatron.run import Run
@@ -104,7 +110,7 @@ def test_checkpoints_after_the_one_that_a_run_continues_from_are_moved_aside(sav
     before, _ = saved.find("auto")
     older = before.with_name("step_20")
     assert before.name == "step_30" and saved.find(str(older))[0] == older
-    saved.set_aside_after(20)
+    saved.set_aside_after(20, older)
     assert saved.find("auto") == (older, [])
     assert (saved.folder / "step_30.replaced").is_dir()
 
@@ -123,6 +129,21 @@ def test_an_export_that_was_killed_is_in_nobodys_way(tmp_path, capsys):
     assert "there is no" in capsys.readouterr().err
 
 
+def test_an_export_goes_where_it_does_no_harm(saved, capsys):
+    run, checkpoint = saved.folder.parent, saved.folder / "step_30"
+    for words, message in {
+        (run, checkpoint / "hf"): "lies in the checkpoint",
+        (run, saved.folder / "step_99"): "would be taken for a checkpoint",
+        (run, "x" * 300): "cannot be looked up (File name too long)",
+        ("x" * 300, run / "out"): "cannot be looked up (File name too long)",
+        (run, "~nobody-of-that-name/out"): "a user that this machine does not have",
+        (run / "nothing", run / "deep" / "out"): "there is no",
+    }.items():
+        assert main(["export", *map(str, words)]) == 2
+        assert message in capsys.readouterr().err
+    assert find_damage(checkpoint) is None and not (run / "deep").exists()
+
+
 def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):
     for step in (20, 30):
         flip(files(saved.folder / f"step_{step}")[0])
@@ -132,7 +153,6 @@ def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):
 
 def test_what_was_damaged_is_not_overwritten(saved):
     for number in ("", "1"):
-        saved = Checkpoints(saved.folder.parent, keep=2)  # of a run that continues from step 20
         damaged = files(saved.folder / "step_30")[0]
         flip(damaged)
         content = damaged.read_bytes()
@@ -142,12 +162,81 @@ def test_what_was_damaged_is_not_overwritten(saved):
         assert (aside / damaged.relative_to(saved.folder / "step_30")).read_bytes() == content
 
 
-def test_a_step_that_is_saved_again_is_replaced(saved):
-    """With the rollout that was still being made at first; there is never more or less of it than once."""
-    before = (saved.folder / "step_30").stat().st_ino
-    save(saved, 30)
-    assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30"]
-    assert saved.find("auto") == (saved.folder / "step_30", []) and (saved.folder / "step_30").stat().st_ino != before
+def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
+    checkpoint = saved.folder / "step_30"
+    assert find_pending(checkpoint) == (checkpoint, None)
+    for _ in range(2):  # a damaged one is replaced
+        saved.add_pending(30, lambda folder: (folder / "groups").write_text("all of them"))
+        assert saved.problems() == [] and saved.find("auto") == (checkpoint, [])
+        folder, problem = find_pending(checkpoint)
+        assert problem is None and (folder / "groups").read_text() == "all of them"
+        flip(folder / "groups")
+        folder, problem = find_pending(checkpoint)
+        assert folder is None and "step_30.pending is damaged: groups" in problem
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved.add_pending(20, full)
+    assert saved.problems()[0].startswith("the rollout ahead of step 20 was not saved: No space left on device")
+    assert find_pending(saved.folder / "step_20") == (saved.folder / "step_20", None)
+    # It goes where its checkpoint goes.
+    saved.set_aside_after(20, saved.folder / "step_20")
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30.replaced", "step_30.replaced.pending"]
+    saved.add_pending(20, lambda folder: (folder / "groups").write_text("x"))
+    for step in (30, 40):
+        save(saved, step)
+    assert not [path.name for path in saved.folder.iterdir() if path.name.startswith("step_20")]
+
+
+def test_checkpoints_of_another_course_are_moved_aside(saved, tmp_path):
+    """Those of the folder that a run goes on in, which continues from a copy of elsewhere."""
+    copy = shutil.copytree(saved.folder / "step_20", tmp_path / "copy" / "step_20")
+    assert not saved.is_own(copy) and saved.is_own(saved.folder / "step_20")
+    saved.set_aside_after(20, copy)
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20.replaced", "step_30.replaced"]
+    assert saved.last_step() == 0
+
+
+def test_a_process_of_low_priority_may_stay_so(saved, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.setpriority", refuse)  # as it does from nice 15, but for root
+    assert find_damage(saved.folder / "step_30") is None
+
+
+def test_a_failed_run_does_not_wait_for_its_save_for_ever():
+    waited = Mock()
+    run = Run.__new__(Run)
+    run._stack, run.checkpoints = ExitStack(), SimpleNamespace(finish=waited, problems=list)
+    run._stack.push(run._end_saving)
+    try:
+        raise OSError("gone")
+    except OSError:
+        run.__exit__(*sys.exc_info())
+    run._stack.push(run._end_saving)
+    run.__exit__(None, None, None)
+    assert waited.call_args_list == [call(timeout_s=20.0), call(timeout_s=None)]
+
+
+def test_finish_waits_after_an_interruption_too(tmp_path):
+    """(Python's `join`, once interrupted, takes the thread for ended.)"""
+    checkpoints, begun = Checkpoints(tmp_path, keep=2), time.monotonic()
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        checkpoints.save(RunState(step=1), lambda folder: lambda: time.monotonic() > begun + 1.5, write_model)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.finish()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert checkpoints.finish(timeout_s=0.1) is None and checkpoints.last_step() == 0
+    assert checkpoints.finish() is None and checkpoints.last_step() == 1
 
 
 def test_what_is_moved_aside_takes_a_free_name(saved):
@@ -155,7 +244,7 @@ def test_what_is_moved_aside_takes_a_free_name(saved):
         (saved.folder / f"step_30.replaced{number}").mkdir()
     (saved.folder / "step_30.replaced").rmdir()  # by somebody who needs room
     (saved.folder / "step_30.replaced1" / "kept").touch()
-    saved.set_aside_after(20)
+    saved.set_aside_after(20, saved.folder / "step_20")
     assert (saved.folder / "step_30.replaced" / MANIFEST).is_file()
 
 

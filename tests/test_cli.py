@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.models import make_tiny_qwen3
@@ -258,6 +258,8 @@ def test_text_is_taken_as_written(tmp_path):
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False), names=st.lists(st.text("a:,'\n#"))
 )
+@example(text="\x85", number=0.0, names=[])
+@example(text="a\u2028b 中", number=0.0, names=[])
 def test_saved_settings_load_again(tmp_path_factory, text, number, names):
     settings = Settings()
     settings.data.system_prompt, settings.run.name, settings.run.allow_change = text, text, names

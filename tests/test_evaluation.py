@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import ray
 
 from tests.models import make_tiny_qwen3
-from tic_megatron.config import EvalSettings, RewardSettings, Settings
-from tic_megatron.evaluation import eval_name, evaluate
+from tic_megatron.commands.evaluate_preflight import IDENTITY_FILE, _check_same_evaluation, _identity
+from tic_megatron.config import EvalSettings, RewardSettings, Settings, SettingsError
+from tic_megatron.config_evaluate import EvaluateSettings
+from tic_megatron.evaluation import EvalSet, choose_benchmarks, eval_name, evaluate
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import stable_seed
@@ -127,3 +130,19 @@ def test_top_k_of_one_is_greedy(engines, rewards):
     one = evaluate(engines, prompts, rewards, EvalSettings(temperature=1.0, top_k=1), name="x", max_tokens=16)
     greedy = evaluate(engines, prompts, rewards, EvalSettings(), name="x", max_tokens=16)
     assert [ids for ids, _ in sampled(one.groups)] == [ids for ids, _ in sampled(greedy.groups)]
+
+
+def test_responses_that_another_program_has_graded_are_not_added_to(tmp_path):
+    program = tmp_path / "g.py"
+    program.write_text("def f(response): return 1.0\n")
+    settings = EvaluateSettings()
+    settings.run.dir, settings.reward.function = str(tmp_path), f"{program}:f"
+    chosen = choose_benchmarks(["mine=x.jsonl"], settings.problems, settings.reward, None)
+    sets = [EvalSet(benchmark, []) for benchmark in chosen]
+    model = tmp_path / "model"
+    before = _identity(model, sets, settings.reward)
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps(before))
+    _check_same_evaluation(settings, before)
+    program.write_text("def f(response): return 0.5\n")
+    with pytest.raises(SettingsError, match=r"graded by .*g\.py:f with another content of its file; give another --out"):
+        _check_same_evaluation(settings, _identity(model, sets, settings.reward))

@@ -85,10 +85,12 @@ def test_the_rollout_that_is_being_made_ahead_is_waited_for_when_the_step_is_saf
             raise WorkerError("no engine is left")
 
     run._save = save
-    run.rollouts = SimpleNamespace(wait=wait, pending=lambda trained: "wait" in events or made == 1 or None)
+    pending = SimpleNamespace(write="write")
+    run.rollouts = SimpleNamespace(wait=wait, pending=lambda trained: pending if "wait" in events or made == 1 else None)
+    run.checkpoints.add_pending = lambda step, write: events.append(("add", step, write))
     run.leave("SIGTERM")
     assert (tmp_path / "requeue").read_text() == "left at SIGTERM after step 3\n"
     saves = {0: [], 1: [("save", True)], 2: [("save", False)]}[made]
-    again = ["wait", *([] if failing else [("save", True)])] if made == 2 else []
+    again = ["wait", *([] if failing else [("add", 3, "write")])] if made == 2 else []
     assert [event for event in events if event not in ("restore", "finish")] == [*saves, *again]
     assert "finish" in events[: events.index("wait")] if again else True

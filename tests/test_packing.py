@@ -185,6 +185,8 @@ def test_learning_rate(decay, last):
     assert all(a <= b for a, b in itertools.pairwise(rates[:10]))
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(last, rel=0.05)
+    s.trainer.updates_per_step = 2  # the run goes on with fewer: it does not come out at the other end
+    assert learning_rate(90, s) == pytest.approx(1e-4 if decay == "constant" else 1e-5)
 
 
 def test_updates_skipped_in_a_row_end_the_run_over_steps_too() -> None:

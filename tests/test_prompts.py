@@ -102,6 +102,12 @@ def test_bad_file_is_named(tmp_path, name):
         read_problems(tmp_path / name, DataSettings())
 
 
+def test_a_long_integer_is_an_answer(tmp_path, tokenizer):
+    """More than a float can be; JSON's own limit is 4300 digits."""
+    (tmp_path / "p.jsonl").write_text('{"problem": "x", "answer": ' + "7" * 4000 + "}\n")
+    assert load_prompts(tmp_path / "p.jsonl", tokenizer, DataSettings())[0].answer == "7" * 4000
+
+
 def test_chat_template_error_names_the_row(tmp_path, tokenizer):
     strict = make_tokenizer(tmp_path)
     strict.chat_template = "{{ raise_exception('no tools here') }}"

@@ -186,6 +186,12 @@ BAD = {
         spoil("evaluation/aime24/problems.jsonl", 2 * '{"problem": "1", "accuracy": 1.0, "scores": [1.0]}\n'),
         "two problems of the same id",
     ),
+    "metrics without steps": (spoil("metrics.jsonl", '{"reward/mean": 1}\n'), "is not a file of metrics"),
+    "metrics that are a folder": (
+        lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()],
+        "is not a file of metrics",
+    ),
+    "settings nested too deep": (spoil("config.yaml", "[" * 2000), "does not hold the settings of a run"),
     "no YAML": (spoil("config.yaml", "a: [1"), "does not hold the settings of a run"),
     "another method": (
         spoil("config.yaml", "model: {path: m}\nalgorithm: {objective: grpo, normaliser: null}"),
@@ -216,5 +222,7 @@ def test_bad_words_are_refused(tmp_path, capsys):
     assert "is given twice" in refusal(capsys, ["report", run, run, str(tmp_path / "out")])
     assert "give the folder for the report last" in refusal(capsys, ["report", run, run])
     assert "cannot be written" in refusal(capsys, ["report", run, "/dev/null/out"])
+    assert "cannot be looked up" in refusal(capsys, ["report", run, "x" * 300])
+    assert "cannot be looked up" in refusal(capsys, ["report", "x" * 300, str(tmp_path / "out")])
     assert main(["report", "--help"]) == 0
     assert "RUN..." in capsys.readouterr().out

@@ -98,6 +98,12 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RewardSettings:
     return RewardSettings(function="hostile", timeout_s=6.0, workers=2)
 
 
+def test_a_reward_of_no_size_that_fp32_can_add_up() -> None:
+    assert finite_number(-1e9) == -1e9
+    with pytest.raises(InvalidRewardError, match=r"the reward is 1e\+300 \(float\), more than 1e\+09 in size"):
+        finite_number(1e300)
+
+
 def test_whatever_an_isolated_reward_does_costs_its_response_only(hostile: RewardSettings, tmp_path: Path) -> None:
     responses = [*FAILED, *INVALID, *TIMED_OUT, *GOOD]
     groups = [group_of(n, "46", ["46", response]) for n, response in enumerate(responses)]

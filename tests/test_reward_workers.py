@@ -69,16 +69,19 @@ def test_grading_a_rollout_in_place(workers: RewardWorkers) -> None:
     assert report.graded == 60
 
 
-def test_the_worker_process_grades_dense_rewards() -> None:
+def test_the_worker_process_grades_dense_rewards(tmp_path: Path) -> None:
+    (tmp_path / "nothing").touch()
+    no_program = (tmp_path / "nothing").open()
     reward = Reward("dense", lambda tokens, answer: [1.0 / len(token) for token in tokens])
     assert worker_main._grade(reward, [{"tokens": ["a", "bc"], "answer": ""}]) == {"results": [{"reward": [1.0, 0.5]}]}
     assert "ZeroDivisionError" in worker_main._grade(reward, [{"tokens": ["a", ""], "answer": ""}])["fault"]["failed"]
     process = subprocess.run(
-        [sys.executable, "-m", "tic_megatron.rewards.worker_main"],
-        input=json.dumps({"source": "exact_dense", "program": None, "settings": asdict(RewardSettings())})
-        + "\n"
-        + json.dumps({"call": 0, "items": [{"tokens": ["4", "6", ""], "answer": "46"}]})
-        + "\n",
+        [
+            *(sys.executable, "-m", "tic_megatron.rewards.worker_main"),
+            *(json.dumps({"source": "exact_dense", "settings": asdict(RewardSettings())}), str(no_program.fileno())),
+        ],
+        pass_fds=[no_program.fileno()],
+        input=json.dumps({"call": 0, "items": [{"tokens": ["4", "6", ""], "answer": "46"}]}) + "\n",
         capture_output=True,
         text=True,
         check=True,

@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_run_ends_the_start(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_changed_later_is_not_that_of_this_run(tmp_path: Path) -> None:
-    """A grader that is started for one that died grades like the others. (The file is longer than what a pipe holds.)"""
+    """A grader that is started for one that died grades like the others. (The file is longer than a command line may be.)"""
     file = tmp_path / "r.py"
     file.write_bytes(
         b"# coding: latin-1\nPRICE = '\xa3'\n" + b"# long\n" * 40_000 + b"def f(response): return float(PRICE == response)\n"

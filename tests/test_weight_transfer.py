@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.models import make_tiny_qwen3, response_logprobs
+from tests.processes import wait_until_gone
 from tic_megatron.config import Settings
 from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.engines import EngineGroup
@@ -388,6 +390,15 @@ def test_weights_come_by_broadcast_too(setup):
 def test_tensor_parallel_engine_takes_the_weights(ray_cluster, tmp_path):
     setup = Setup(tmp_path, untied, tp_size=2)
     check_updates(setup)
+    # The death of a rank, in a transfer too, is that of the engine: it is replaced, or the driver starts again.
+    (engine,) = setup.engines.pool.engines
+    actor = engine.actor
+    ranks = [child for child in psutil.Process(engine.pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    setup.engines.pool.call("checksums")
+    assert engine.actor is not actor and setup.engines.pool.failures == 1
+    assert wait_until_gone([rank.pid for rank in ranks]) == []
     setup.stop()
 
 

@@ -18,7 +18,7 @@ from tic_megatron.config import SettingsError
 from tic_megatron.observability.files import disk_problem, lower_priority
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished"
+UNFINISHED, PENDING = ".unfinished", ".pending"
 SETTINGS_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 POLL_S = 0.02, 1.0
@@ -72,15 +72,13 @@ class Checkpoints:
         """Saves that have failed."""
         self.error: Exception | None = None
         """Of the last that has failed."""
-        self._published: int | None = None  # step of the last
-        self._thread: threading.Thread | None = None
+        self._saving: threading.Event | None = None  # set at the end of the save that is under way
         self._problem: str | None = None  # of the last save
         self._untold: list[str] = []
 
     def save(self, state: RunState, begin_actors: Callable[[Path], Written], describe: Callable[[Path], None]) -> None:
         """Begin to write a checkpoint, when the one before is finished; it is published by a rename, and the oldest beyond `keep`
-        are removed. What lies there under the same name, because it was found damaged, is moved aside; one of the same step that
-        was saved just before is replaced.
+        are removed. What lies there under the same name, because it was found damaged, is moved aside.
 
         Args:
             state: the driver's, as it is now.
@@ -98,17 +96,16 @@ class Checkpoints:
                 (unfinished / part).mkdir(parents=True)
             written = begin_actors(unfinished / "actors")
         except (OSError, CheckpointError) as error:
-            self._fail(state.step, unfinished, error)
+            self._fail(f"the checkpoint of step {state.step}", unfinished, error)
             return
         arguments = (state.step, json.dumps(asdict(state)), unfinished, written, describe)
-        self._thread = threading.Thread(target=self._complete, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._saving = threading.Event()
+        threading.Thread(target=self._complete, args=(self._saving, *arguments), name="checkpoint", daemon=True).start()
 
     def finish(self, *, timeout_s: float | None = None) -> str | None:
         """Wait for the save that is under way, not longer than given; why the last one failed, None if it did not."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            self._thread = None
+        if self._saving is not None and self._saving.wait(timeout_s):
+            self._saving = None
         return self._problem
 
     def problems(self) -> list[str]:
@@ -121,7 +118,9 @@ class Checkpoints:
         for unfinished in self.folder.glob(f".step_*{UNFINISHED}"):
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _complete(self, step: int, state: str, unfinished: Path, written: Written, describe: Callable[[Path], None]) -> None:
+    def _complete(
+        self, ended: threading.Event, step: int, state: str, unfinished: Path, written: Written, describe: Callable[[Path], None]
+    ) -> None:
         try:
             pause_s = POLL_S[0]
             while not written():
@@ -129,40 +128,69 @@ class Checkpoints:
                 pause_s = min(1.5 * pause_s, POLL_S[1])
             (unfinished / "state.json").write_text(state, encoding="utf-8")
             describe(unfinished)
-            (unfinished / MANIFEST).write_text(json.dumps(_describe(unfinished), indent=1), encoding="utf-8")
-            self._publish(unfinished, step)
+            _seal(unfinished)
+            self._publish(unfinished, self.folder / f"step_{step}")
         except Exception as error:
-            self._fail(step, unfinished, error)
+            self._fail(f"the checkpoint of step {step}", unfinished, error)
+        finally:
+            ended.set()
 
-    def _publish(self, unfinished: Path, step: int) -> None:
-        target = self.folder / f"step_{step}"
-        _sync(unfinished / MANIFEST)
-        for folder in (unfinished / "actors", unfinished / MODEL_FOLDER, unfinished):
+    def add_pending(self, step: int, write: Callable[[Path], None]) -> None:
+        """Put a rollout that was ready too late beside the checkpoint of this step, which is finished: `step_N.pending`, complete
+        or absent too. `write` takes its folder."""
+        unfinished = self.folder / f".step_{step}{PENDING}{UNFINISHED}"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write(unfinished)
+            _seal(unfinished)
+            place = _pending_of(self.folder / f"step_{step}")
+            shutil.rmtree(place, ignore_errors=True)  # a damaged one
+            unfinished.rename(place)
+            _sync(self.folder)
+        except OSError as error:
+            self._fail(f"the rollout ahead of step {step}", unfinished, error)
+
+    def _publish(self, unfinished: Path, target: Path) -> None:
+        for folder in (unfinished / "actors", unfinished / MODEL_FOLDER):
             _sync(folder)
-        before = self._set_aside(target) if target.exists() else None
+        if target.exists():
+            self._set_aside(target)
         unfinished.rename(target)
         _sync(self.folder)
-        replaced = [before] if before and self._published == step else []
-        self._published = step
-        for old in [*replaced, *self._all()[: -self.keep]]:
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(_pending_of(old), ignore_errors=True)
             try:
                 shutil.rmtree(old)
             except OSError as error:
                 self._untold.append(f"the old checkpoint {old.name} could not be removed: {disk_problem(error, old)}")
 
-    def set_aside_after(self, step: int) -> None:
-        """Move checkpoints of later steps aside: a run that continues from this one does not come from them."""
+    def is_own(self, checkpoint: Path) -> bool:
+        """Whether it is one of this folder's, and not only a copy."""
+        return checkpoint.resolve() in [own.resolve() for own in self._all()]
+
+    def set_aside_after(self, step: int, origin: Path | None) -> None:
+        """Move checkpoints aside that a run does not come from which continues after this step from `origin` (None: from the
+        start): those of later steps, and of this one, unless it is the origin."""
         for checkpoint in self._all():
-            if _step_of(checkpoint) > step:
+            if _step_of(checkpoint) > step or (_step_of(checkpoint) == step and not (origin and self.is_own(origin))):
                 self._set_aside(checkpoint)
 
-    def _set_aside(self, checkpoint: Path) -> Path:
-        names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
-        return checkpoint.rename(next(place for name in names if not (place := self.folder / name).exists()))
+    def last_step(self) -> int:
+        """Of the newest, intact or not; 0 without any."""
+        return max(map(_step_of, self._all()), default=0)
 
-    def _fail(self, step: int, unfinished: Path, error: Exception) -> None:
+    def _set_aside(self, checkpoint: Path) -> None:
+        names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
+        place = next(place for name in names if not (place := self.folder / name).exists())
+        checkpoint.rename(place)
+        if _pending_of(checkpoint).exists():
+            shutil.rmtree(_pending_of(place), ignore_errors=True)
+            _pending_of(checkpoint).rename(_pending_of(place))
+
+    def _fail(self, what: str, unfinished: Path, error: Exception) -> None:
         reason = disk_problem(error, unfinished) if isinstance(error, OSError) else str(error)
-        self._problem = f"the checkpoint of step {step} was not saved: {reason}"
+        self._problem = f"{what} was not saved: {reason}"
         self.error = error
         self._untold.append(self._problem)
         self.failed += 1
@@ -245,6 +273,26 @@ def _describe(folder: Path) -> dict[str, dict]:
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), initializer=lower_priority) as threads:
         return dict(zip(names, threads.map(describe, names), strict=True))
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest of a folder that is complete, and have all of it on the disk."""
+    (folder / MANIFEST).write_text(json.dumps(_describe(folder), indent=1), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _pending_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}{PENDING}")
+
+
+def find_pending(checkpoint: Path) -> tuple[Path | None, str | None]:
+    """Where the rollout that was made ahead of a checkpoint would be, in it or beside it; and why one beside it is not used."""
+    beside = _pending_of(checkpoint)
+    if not beside.is_dir():
+        return checkpoint, None
+    problem = find_damage(beside)
+    return (None, problem) if problem else (beside, None)
 
 
 def _sync(path: Path) -> None:

@@ -168,8 +168,7 @@ class RewardSettings:
 
 
 GRADING_ONLY = {
-    *("reward.timeout_s", "reward.workers", "reward.memory_gib", "reward.batch_size", "reward.concurrency", "reward.retries"),
-    *("reward.http_token_env", "reward.keep_env"),
+    *("reward.workers", "reward.batch_size", "reward.concurrency", "reward.retries", "reward.http_token_env", "reward.keep_env"),
 }
 """Settings of how rewards are computed that change none of them."""
 
@@ -454,7 +453,7 @@ class Sections:
 
     def to_yaml(self) -> str:
         """The settings as YAML, which `--config` reads again."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=130)
+        return dump_yaml(asdict(self))
 
     def save(self, path: str | Path) -> None:
         """Write `to_yaml()` to a file."""
@@ -535,6 +534,15 @@ class Settings(Sections):
         settings.model.chat_template = resolve_template(settings.model.chat_template)
         settings.eval.benchmarks = [resolve_benchmark(given) for given in settings.eval.benchmarks]
         return settings
+
+
+def dump_yaml(sections: dict[str, Any]) -> str:
+    """Settings as YAML. Other alphabets stay readable, unless a text holds one of Unicode's own line ends: PyYAML writes these as
+    they are, and reads them as blanks."""
+    readable = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=130)
+    if not set(readable) & set("\x85\u2028\u2029"):
+        return readable
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=False, width=130)
 
 
 def resolve_folder(key: str, path: str) -> str:

@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import yaml
+from tic_megatron.config import dump_yaml
 
 
 @dataclass
@@ -40,7 +40,7 @@ class PrepareSettings:
 
     def to_yaml(self) -> str:
         """The settings as YAML, the recipe's filled in, which `--config` reads again."""
-        return yaml.safe_dump(asdict(self.resolve()), sort_keys=False, allow_unicode=True, width=130)
+        return dump_yaml(asdict(self.resolve()))
 
     def resolve(self) -> PrepareSettings:
         """A copy in which the recipe's settings, then the usual ones, stand where none are given."""

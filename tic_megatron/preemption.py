@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ MARKER = "requeue"
 
 class Preempted(BaseException):
     """The run is to save and leave. Not an `Exception`, so that nothing takes it for a failure and goes on."""
+
+
+class _Interruption(KeyboardInterrupt):
+    """What the handler raises: libraries in C (Ray) let nothing else through, and turn others into errors of their own."""
 
 
 class Preemption:
@@ -52,6 +57,9 @@ class Preemption:
         try:
             self.check()
             yield
+        except KeyboardInterrupt:
+            self.check()
+            raise
         finally:
             self._breakable = False
 
@@ -59,15 +67,23 @@ class Preemption:
         self.signal = signal.Signals(number).name
         if self._breakable:
             self._breakable = False
-            raise Preempted(self.signal)
+            raise _Interruption
 
 
 @contextmanager
-def taking_signals(leave: Callable[[signal.Signals], object]) -> Iterator[None]:
-    """Around the checks before a run, in which there is nothing to save, and which may take minutes: `leave` is called when told
-    to leave. In the main thread."""
+def taking_signals(leave: Callable[[signal.Signals], int]) -> Iterator[None]:
+    """Around the checks before a run, in which there is nothing to save, and which may take minutes: when told to leave, the
+    process ends with the code that `leave` returns. In the main thread."""
+
+    def end(number: int, frame: object) -> None:
+        code = 1
+        try:
+            code = leave(signal.Signals(number))
+        finally:  # whatever the checks are at would take an exception for its own
+            os._exit(code)
+
     taken = [n for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda n, frame: leave(signal.Signals(n))) for number in taken}
+    before = {number: signal.signal(number, end) for number in taken}
     try:
         yield
     finally:

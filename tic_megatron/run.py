@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import shutil
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tic_megatron.actors.group import ActorGroup
-from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, CheckpointError, Checkpoints, RunState
+from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, CheckpointError, Checkpoints, RunState, find_pending
 from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.commands.run_folder import begin_state
@@ -70,20 +71,20 @@ class Run:
         try:
             self._open()
         except BaseException:
-            self._stack.close()
+            self._stack.__exit__(*sys.exc_info())
             raise
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self._stack.close()
+        self._stack.__exit__(*exc_info)
 
     def _open(self) -> None:
         settings, log_dir = self.settings, self.dir / "logs"
         self.checkpoints.remove_unfinished()
         checkpoint = self.inputs.checkpoint
         self.state = begin_state(checkpoint, settings)
-        self.checkpoints.set_aside_after(self.state.step)
-        self._saved = self.state.step if checkpoint else None
+        self.checkpoints.set_aside_after(self.state.step, checkpoint)
+        self._saved = self.state.step if checkpoint and self.checkpoints.is_own(checkpoint) else None
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
         self.preemption.listen()
         unmark(self.dir)
@@ -115,14 +116,20 @@ class Run:
         self.actors.setup(str(self.inputs.model_dir))
         if checkpoint:
             self.actors.load_checkpoint(checkpoint / "actors")
-            pending = PendingRollout.read(checkpoint)
-            if pending is not None:
-                self.rollouts.restore(pending)
-                self._saved_pending = True
+            self._restore_pending(checkpoint)
         # When only the export is left, the actors keep their GPUs.
         if self.state.step < settings.trainer.steps or self.state.unrecorded is not None:
             self.rollouts.use_weights(self.actors, version=self.state.step)
         self.log_memory(self.state.step, "start")
+
+    def _restore_pending(self, checkpoint: Path) -> None:
+        folder, problem = find_pending(checkpoint)
+        if problem:
+            self.progress.note(f"warning: {problem}; the rollout that was made ahead is made again")
+        pending = PendingRollout.read(folder) if folder else None
+        if pending is not None:
+            self.rollouts.restore(pending)
+            self._saved_pending = True
 
     def _start_rollouts(self, cluster: Cluster) -> RolloutSource:
         """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""
@@ -323,15 +330,16 @@ class Run:
             self._add_pending()
 
     def _add_pending(self) -> None:
-        """Save again, with the rollout that is being made ahead. When that fails, it is made again where the run goes on."""
+        """Save the rollout that is being made ahead, too. When that fails, it is made again where the run goes on."""
         self.progress.phase("generate")
         try:
             self.rollouts.wait(self.actors, version=self.state.step)
         except Exception as error:
             self.progress.note(f"warning: the rollout that was being made ahead is lost: {error}")
             return
-        if self.rollouts.pending(self.state.step) is not None:
-            self._save()
+        pending = self.rollouts.pending(self.state.step)
+        if pending is not None:
+            self.checkpoints.add_pending(self.state.step, pending.write)
 
     def _save(self) -> None:
         """Begin to save; unless `trainer.async_save`, also finish."""
@@ -370,6 +378,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Export the model, draw the curves, write and return the summary."""
         self.progress.phase("export")
+        self.to_training()  # where a run continues after its last step, the engines may have the GPUs
         self._export_hf()
         plot_curves(self.dir, {f"eval/{name}/accuracy": value for name, value in self._accuracies_before().items()})
         summary = {

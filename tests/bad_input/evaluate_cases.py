@@ -48,6 +48,15 @@ FLAGS = {
     "a template without the problem": (["--eval.template=Solve it."], ["eval.template is 'Solve it.'", "{problem}", "dapo"]),
     "a blank template": (["--eval.template= "], ["eval.template"]),
     "an unknown reward": (["--reward.function=exct"], ["reward.function", "did you mean 'exact'?"]),
+    "an unknown reward that nobody uses": (
+        ["--benchmarks=aime24=train.jsonl", "--reward.function=exct"],
+        ["reward.function", "did you mean 'exact'?"],
+    ),
+    "a password in an address that nobody uses": (
+        ["--benchmarks=aime24=train.jsonl", "--reward.function=https://user:sesame@127.0.0.1/grade"],
+        ["reward.function", "password"],
+    ),
+    "out in the place of the model": (["--out=model"], ["run.dir", "the model's directory", "--out"]),
     "a dense reward": (["--reward.function=exact_dense"], ["reward.function: exact_dense gives a reward per token", "mine"]),
     "a punishment": (["--reward.overlong_buffer_tokens=9"], ["reward.overlong_buffer_tokens is 9"]),
     "one field for both": (["--data.answer_field=problem"], ["data.answer_field is problem", "data.prompt_field"]),
@@ -66,6 +75,7 @@ FLAGS = {
     "no GPU": (["--cluster.device=cuda"], ["cluster.device is cuda", "no GPU"]),
     "an unknown stop token": (["--rollout.stop_tokens=<|im_stop|>"], ["rollout.stop_tokens", "'<|im_end|>'"]),
     "a cluster without a port": (["--cluster.address=somewhere"], ["cluster.address is somewhere", "HOST:PORT"]),
+    "a cluster on no machine": (["--cluster.address=a..b:6379"], ["cluster.address", "a..b:6379", "ray start"]),
     "a cluster that does not answer": (["--cluster.address=127.0.0.1:1"], ["cluster.address", "127.0.0.1:1", "ray start"]),
     "out below a file": (["--out=train.jsonl/x"], ["run.dir", "train.jsonl is a file", "--out"]),
     "out of an unknown user": (["--out=~nobody-of-that-name/x"], ["run.dir", "~nobody-of-that-name"]),

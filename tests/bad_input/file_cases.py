@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
-from tests.bad_input.cases import Case, folder, write
+from tests.bad_input.cases import Case, both, folder, write
 from tests.rollouts import random_rollout
 from tic_megatron.observability.rollouts import write_rollout
 
@@ -248,6 +248,12 @@ def replays() -> list[Case]:
     flags = ("--rollout.replay=replay", "--trainer.steps=1")
     cases = [Case(f"replay: {name}", tuple(words), spoil=spoil, flags=flags) for name, (spoil, words) in REPLAYS.items()]
     cases += [
+        Case(
+            "replay: damaged in a later step",
+            ("rollout.replay", "step_000002.jsonl", "vocab_size of the model is 320"),
+            spoil=both(_rollout(), _rollout(vocab=5000, steps=(2,))),
+            flags=("--rollout.replay=replay", "--trainer.steps=2"),
+        ),
         Case("replay: missing", ("rollout.replay", "nope"), flags=("--rollout.replay=nope",)),
         Case("replay: folder without rollouts", ("rollout.replay", "model"), flags=("--rollout.replay=model",)),
         Case("replay: problems", ("rollout.replay", "train.jsonl", "line 1"), flags=("--rollout.replay=train.jsonl",)),

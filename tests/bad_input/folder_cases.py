@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
 import shutil
@@ -40,6 +41,7 @@ def make_run(workspace) -> None:
 
         def describe(place: Path) -> None:
             config.save_pretrained(place / MODEL_FOLDER)
+            tokenizer.save_pretrained(place / MODEL_FOLDER)
             settings.save(place / SETTINGS_FILE)
 
         checkpoints.save(state, functools.partial(_save_actors, step=step), describe)
@@ -110,6 +112,8 @@ CHANGES = {
     "data.prompt_field": "answer",
     "data.system_prompt": "Be brief.",
     "reward.function": "exact",
+    "reward.timeout_s": "0.1",
+    "reward.memory_gib": "1",
     "rollout.group_size": "8",
     "rollout.max_response_tokens": "32",
     "rollout.temperature": "0.7",
@@ -175,6 +179,21 @@ DAMAGED = {
     },
 }
 
+MOVED_REWARD = ("--reward.function=b/r.py:f",)
+
+
+def moved_reward(workspace) -> None:
+    """A run whose reward function was in `a/r.py`, and is in `b/r.py` now."""
+    make_run(workspace)
+    program = b"def f(response): return 1.0\n"
+    write("b/r.py", program)(workspace)
+    change_config(reward__function=f"{workspace.root}/a/r.py:f")(workspace)
+    for name in (STEP_1, STEP_2):
+        state = json.loads((workspace.root / name / STATE).read_text())
+        state["programs"] = {"reward.function": hashlib.sha256(program).hexdigest()}
+        rewrite(f"{name}/{STATE}", json.dumps(state))(workspace)
+
+
 # What is done to a checkpoint; what is said of it.
 CHECKPOINT_DAMAGE = {
     "cut off": (lambda step: cut(f"{step}/{SHARD}", -1), SHARD),
@@ -228,6 +247,17 @@ def checkpoints() -> list[Case]:
 
     return [
         *cases,
+        Case(
+            "a reward that was moved and changed",
+            ("reward.function", "r.py:f has changed since"),
+            spoil=both(moved_reward, write("b/r.py", "def f(response): return 2.0\n")),
+            flags=MOVED_REWARD,
+        ),
+        Case(
+            "other end tokens",
+            ("model.path", "would end elsewhere", "(2, 5)"),
+            spoil=both(make_run, write("model/generation_config.json", '{"eos_token_id": [2, 5]}')),
+        ),
         Case("another model", ("model.path", "rms_norm_eps (1e-06 there, 0.01 here)"), spoil=other_model),
         Case(
             "deep manifests",

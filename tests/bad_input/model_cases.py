@@ -30,6 +30,20 @@ BAD_CONFIGS = {
     ),
     "an architecture that is a number": (edit_json(CONFIG, architectures=3), ["config.json", "architectures"]),
     "YaRN": (edit_json(CONFIG, rope_scaling={"type": "yarn"}, rope_parameters=...), ["config.json", "RoPE scaling 'yarn'"]),
+    "YaRN beside plain RoPE": (
+        edit_json(CONFIG, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        ["config.json", "rope_scaling", "rope_parameters is there too"],
+    ),
+    "YaRN of some layers": (
+        edit_json(CONFIG, rope_parameters={"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}),
+        ["config.json", "rope_parameters", "the same for all layers"],
+    ),
+    "RoPE on half of a head": (edit_json(CONFIG, partial_rotary_factor=0.5), ["config.json", "RoPE on a part of the head (0.5)"]),
+    "RoPE on half of a head, the new way": (
+        edit_json(CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+        ["config.json", "RoPE on a part of the head (0.5)"],
+    ),
+    "a type of RoPE that is a list": (edit_json(CONFIG, rope_parameters={"rope_type": [1]}), ["config.json", "RoPE scaling [1]"]),
     "RoPE that is a number": (edit_json(CONFIG, rope_parameters=3), ["config.json", "rope_parameters"]),
     "RoPE of base 0": (
         edit_json(CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 0}),
@@ -68,7 +82,16 @@ BAD_CONFIGS = {
     "more heads": (edit_json(CONFIG, num_attention_heads=8), ["model.safetensors", "q_proj"]),
     "a longer head": (edit_json(CONFIG, head_dim=64), ["model.safetensors", "[128, 64]"]),
     "no ties": (edit_json(CONFIG, tie_word_embeddings=False), ["lm_head.weight", "missing"]),
-    "biases that there are not": (edit_json(CONFIG, attention_bias=True), ["q_proj.bias", "missing"]),
+    "biases": (edit_json(CONFIG, attention_bias=True), ["config.json", "biases of the attention"]),
+    "a mixture without the length of a head": (both(MIXTURE, edit_json(CONFIG, head_dim=...)), ["config.json", "head_dim None"]),
+    "an unknown part nested too deep": (
+        edit_json(CONFIG, auto_map_of_nobody=json.loads("[" * 600 + '{"auto_map": 1}' + "]" * 600)),
+        ["config.json", "auto_map"],
+    ),
+    "a tokenizer's configuration nested too deep": (
+        write(TOKENIZER_CONFIG, "[" * 100_000),
+        ["tokenizer_config.json is not valid JSON"],
+    ),
     "a mixture of dense weights": (MIXTURE, ["mlp.gate.weight", "missing"]),
     "no experts": (both(MIXTURE, edit_json(CONFIG, num_experts=...)), ["config.json", "experts"]),
     "zero experts": (both(MIXTURE, edit_json(CONFIG, num_experts=0)), ["config.json", "num_experts 0"]),

@@ -21,7 +21,8 @@ def learning_rate(update: int, settings: Settings) -> float:
     total = settings.trainer.steps * settings.trainer.updates_per_step
     if update < actor.lr_warmup_updates:
         return actor.learning_rate * (update + 1) / actor.lr_warmup_updates
-    progress = (update - actor.lr_warmup_updates) / max(1, total - actor.lr_warmup_updates)
+    # A run that goes on with fewer updates per step has done more of them than it would have by then.
+    progress = min(1.0, (update - actor.lr_warmup_updates) / max(1, total - actor.lr_warmup_updates))
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,

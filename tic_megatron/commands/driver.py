@@ -19,8 +19,9 @@ LOCK_FILE = ".lock"
 
 
 def say(line: str) -> None:
-    """Tell the user."""
-    print(f"tic-megatron: {line}", file=sys.stderr, flush=True)
+    """Tell the user, unless whoever read it is gone."""
+    with suppress(OSError):
+        print(f"tic-megatron: {line}", file=sys.stderr, flush=True)
 
 
 def lock(file: TextIO, folder: Path) -> None:
@@ -35,9 +36,10 @@ def lock(file: TextIO, folder: Path) -> None:
         say(f"warning: the file system of {folder} has no locks; see that no other process uses the folder")
 
 
-def drive(work: Callable[[], int], folder: Path, *, what: str, interrupted: str) -> int:
+def drive(work: Callable[[], int], folder: Path, *, what: str, interrupted: Callable[[], str]) -> int:
     """Do the work of a driver's process; its exit code, or that of a failure, which is told: of bad input that a worker has
-    found, of an interruption, and of others with a traceback in `logs/driver.log`. RESTART when a fresh start may help."""
+    found, of an interruption (and what `interrupted` says of it), and of others with a traceback in `logs/driver.log`. RESTART
+    when a fresh start may help."""
     from tic_megatron.remote import may_pass  # Ray and all that it brings
 
     try:
@@ -46,7 +48,7 @@ def drive(work: Callable[[], int], folder: Path, *, what: str, interrupted: str)
         say(f"error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
-        say(f"interrupted; {interrupted}")
+        say(f"interrupted; {interrupted()}")
         return 130
     except Exception as error:
         log = folder / "logs" / "driver.log"

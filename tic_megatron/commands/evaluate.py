@@ -86,7 +86,9 @@ def _drive(settings: EvaluateSettings, inputs: EvaluateInputs) -> int:
         _print_table(results, folder)
         return 0
 
-    return drive(work, folder, what="evaluation", interrupted=f"the same command goes on with what is missing in {folder}")
+    return drive(
+        work, folder, what="evaluation", interrupted=lambda: f"the same command goes on with what is missing in {folder}"
+    )
 
 
 def _evaluate(settings: EvaluateSettings, inputs: EvaluateInputs) -> dict[str, dict[str, Any]]:

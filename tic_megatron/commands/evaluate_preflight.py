@@ -15,11 +15,13 @@ from tic_megatron.commands.engine_layout import check_engine_layout
 from tic_megatron.commands.model_files import check_tensors, check_weights, locate_model, read_config, size
 from tic_megatron.commands.preflight import check_cluster, check_engines, load_tokenizer_and_config, longest_prompt
 from tic_megatron.commands.remote_code import check_remote_code
-from tic_megatron.config import Settings, SettingsError
+from tic_megatron.commands.run_folder import digest_reward
+from tic_megatron.config import RewardSettings, Settings, SettingsError
 from tic_megatron.config_evaluate import EvaluateSettings, changed
 from tic_megatron.data.prompts import Problem, tokenize_problems
 from tic_megatron.evaluation import Benchmark, EvalSet, choose_benchmarks, grader_settings, read_benchmark
 from tic_megatron.evaluation.saved import Mode, read_rows
+from tic_megatron.rewards.terms import read_terms
 from tic_megatron.rewards.workers import check_rewards
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.rollout.stop_tokens import stop_token_ids
@@ -45,8 +47,11 @@ def evaluate_preflight(settings: EvaluateSettings) -> EvaluateInputs:
     Replaces `auto` in `cluster.device` and `rollout.precision` by what is used.
     """
     _check_folder(Path(settings.run.dir))
+    read_terms(settings.reward)  # also where every benchmark has a grader of its own: it is written down
     problems = _read_problems(settings)
     directory = locate_model(settings.model.path)
+    if Path(settings.run.dir).resolve() == directory.resolve():
+        raise SettingsError(f"run.dir: {directory} is the model's directory; give the evaluation another --out")
     config = read_config(directory)
     check_remote_code(directory, trusted=settings.model.trust_remote_code)
     _check_room(config, directory, settings)
@@ -62,7 +67,7 @@ def evaluate_preflight(settings: EvaluateSettings) -> EvaluateInputs:
     longest = _check_lengths(config, directory, settings, [rows for _, rows in problems], sets)
     engines = settings.for_engines(longest)
     check_engines(engines, hf_config, directory)
-    identity = _identity(directory, sets)
+    identity = _identity(directory, sets, settings.reward)
     _check_same_evaluation(settings, identity)
     for chosen in sets:
         for mode in modes(settings, chosen.benchmark):
@@ -154,13 +159,14 @@ def _check_lengths(
     )
 
 
-def _identity(directory: Path, sets: list[EvalSet]) -> dict[str, Any]:
+def _identity(directory: Path, sets: list[EvalSet], reward: RewardSettings) -> dict[str, Any]:
     return {
         "model": fingerprint(directory),
         "benchmarks": {
             chosen.benchmark.name: {
                 "source": chosen.benchmark.source,
                 "reward": chosen.benchmark.reward,
+                "program": digest_reward(grader_settings(chosen.benchmark, reward)),
                 "problems": _problems_digest(chosen.prompts),
             }
             for chosen in sets
@@ -210,6 +216,11 @@ def _check_same_evaluation(settings: EvaluateSettings, identity: dict[str, Any])
         raise SettingsError(f"run.dir: {folder} holds an evaluation of another model (its files differ); give another --out")
     for name, benchmark in identity["benchmarks"].items():
         before = there["benchmarks"].get(name, benchmark)
+        if before.get("program", benchmark["program"]) != benchmark["program"]:
+            raise SettingsError(
+                f"run.dir: {folder} holds an evaluation of {name} whose responses were graded by {benchmark['reward']} with "
+                "another content of its file; give another --out, or restore the file"
+            )
         if (before["problems"], before["reward"]) != (benchmark["problems"], benchmark["reward"]):
             raise SettingsError(
                 f"run.dir: {folder} holds an evaluation on other problems, prompts or answers of {name} (from "

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from tic_megatron.checkpoints import MANIFEST, MODEL_FOLDER, SETTINGS_FILE, Checkpoints, find_damage, is_checkpoint
-from tic_megatron.config import ActorSettings, Settings, SettingsError
+from tic_megatron.config import ActorSettings, Settings, SettingsError, resolve_folder
 from tic_megatron.observability.files import disk_problem
 
 WORDS = {
@@ -30,8 +30,8 @@ WORDS = {
 
 def run(source: str, out: str) -> int:
     """Export; returns the exit code. Raises SettingsError for bad input, before anything is written."""
-    target = _check_target(Path(out))
-    checkpoint = choose_checkpoint(Path(source))
+    checkpoint = choose_checkpoint(Path(resolve_folder("export", source)))
+    target = _check_target(Path(resolve_folder("export", out)))
     precision = _precision(checkpoint)
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
@@ -76,9 +76,14 @@ def choose_checkpoint(source: Path) -> Path:
 
 
 def _check_target(out: Path) -> Path:
-    target = Path(os.path.realpath(out.expanduser()))  # of a link, what it leads to: that can be put in place by a rename
+    target = Path(os.path.realpath(out))  # of a link, what it leads to: that can be put in place by a rename
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise SettingsError(f"export: {out} exists already; give a folder that does not, or an empty one")
+    inside = next((path for path in target.parents if (path / MANIFEST).is_file() and (path / "actors").is_dir()), None)
+    if inside is not None:
+        raise SettingsError(f"export: {out} lies in the checkpoint {inside}, which would be damaged by it; give another folder")
+    if target.parent.name == "checkpoints" and target.name.startswith("step_"):
+        raise SettingsError(f"export: {out} would be taken for a checkpoint of the run; give another folder")
     existing = next(path for path in target.parents if path.exists())
     if not existing.is_dir():
         raise SettingsError(f"export: {out} cannot be a folder, since {existing} is a file; give another one")

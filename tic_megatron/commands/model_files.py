@@ -93,15 +93,22 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def _check_variant(config: dict[str, Any], path: Path) -> None:
     """Refuse what the actors would silently compute otherwise than the generator."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        _refuse(path, "rope_parameters", rope, "it must be a mapping")
+    ropes = {name: config.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    for name, rope in ropes.items():
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            _refuse(path, name, rope, "it must be a mapping of names to values, the same for all layers")
+    if all(ropes.values()):
+        _refuse(path, "rope_scaling", ropes["rope_scaling"], "rope_parameters is there too: leave one of them out")
+    rope = ropes["rope_parameters"] or ropes["rope_scaling"]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rotary_share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     layer_types = config.get("layer_types") or []
     slides = bool(config.get("use_sliding_window")) or (isinstance(layer_types, list) and "sliding_attention" in layer_types)
     variants = {
-        f"RoPE scaling {rope_type!r}": rope_type != "default",
+        f"RoPE scaling {shorten(repr(rope_type))}": rope_type != "default",
+        f"RoPE on a part of the head ({shorten(repr(rotary_share))})": rotary_share not in (None, 1.0),
         "sliding-window attention": slides,
+        "biases of the attention": config.get("attention_bias") is True,
         "quantized weights": config.get("quantization_config") is not None,
         f"the activation {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
     }
@@ -113,7 +120,8 @@ def _check_variant(config: dict[str, Any], path: Path) -> None:
 def _check_values(config: dict[str, Any], path: Path) -> None:
     """Refuse values that transformers, vLLM or Megatron would stumble over, or take for something else."""
     for name in SIZES:
-        if name != "head_dim" or name in config:  # transformers knows the usual one
+        # transformers knows the usual one, of dense models
+        if name != "head_dim" or name in config or config["model_type"] == "qwen3_moe":
             size(config, name, path.parent)
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:

@@ -60,7 +60,7 @@ class TrainInputs:
     """What preflight has loaded, so that nothing is loaded twice.
 
     `model_dir`: the model's local directory, of a hub model too; `warnings`: lines for the user, who may go on; `checkpoint`:
-    what the run continues from, None when it starts afresh; `damaged`: why newer ones were passed over.
+    what the run continues from, None when it starts afresh, and `step` of it; `damaged`: why newer ones were passed over.
     """
 
     model_dir: Path
@@ -71,6 +71,7 @@ class TrainInputs:
     benchmarks: list[EvalSet]
     warnings: list[str]
     checkpoint: Path | None
+    step: int
     damaged: list[str]
 
 
@@ -102,7 +103,7 @@ def preflight(settings: Settings) -> TrainInputs:
     _check_replay(settings, first_step=state.step + 1, vocabulary=config["vocab_size"])
     _choose_device(settings)
     tokenizer, hf_config = load_tokenizer_and_config(directory, settings.model)
-    _check_same_model(checkpoint, hf_config)
+    _check_same_model(checkpoint, hf_config, directory, trusted=settings.model.trust_remote_code)
     check_cluster(settings.cluster.address)
     check_engines(settings, hf_config, directory)
     check_tensors(hf_config, directory)
@@ -125,6 +126,7 @@ def preflight(settings: Settings) -> TrainInputs:
         ],
         warnings=warnings,
         checkpoint=checkpoint,
+        step=state.step,
         damaged=damaged,
     )
     _set_steps(settings, len(inputs.train_prompts))
@@ -187,7 +189,7 @@ def _check_objective(settings: Settings) -> None:
 
 
 def _check_replay(settings: Settings, *, first_step: int, vocabulary: int) -> None:
-    """Refuse saved rollouts that are not there for every step, or the first of which cannot be trained on."""
+    """Refuse saved rollouts that are not there for every step, or cannot be trained on."""
     if settings.rollout.replay is None:
         return
     path = Path(settings.rollout.replay)
@@ -195,13 +197,12 @@ def _check_replay(settings: Settings, *, first_step: int, vocabulary: int) -> No
         raise SettingsError(
             f"rollout.replay: there are no saved rollouts at {path}; give a run folder, or a file of its rollouts/"
         )
-    steps = range(first_step, settings.trainer.steps + 1)
-    for step in steps[:1]:
+    dense, checked = is_dense(settings.reward), set()
+    for step in range(first_step, settings.trainer.steps + 1):
         file = find_rollout(path, step)
-        groups = read_replay(file, dense=is_dense(settings.reward))
-        _check_replayed_groups(groups, file, settings, vocabulary)
-    for step in steps[1:]:
-        find_rollout(path, step)
+        if file not in checked:
+            _check_replayed_groups(read_replay(file, dense=dense), file, settings, vocabulary)
+            checked.add(file)
 
 
 def _check_replayed_groups(groups: list[Group], file: Path, settings: Settings, vocabulary: int) -> None:
@@ -228,7 +229,7 @@ def _check_enough(count: int, settings: Settings, remark: str) -> None:
         )
 
 
-def _check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig) -> None:
+def _check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig, directory: Path, *, trusted: bool) -> None:
     """Refuse to continue a checkpoint with a model of another configuration; its path may be another one."""
     if checkpoint is None or not (checkpoint / MODEL_FOLDER / "config.json").exists():
         return
@@ -241,6 +242,23 @@ def _check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig) -> N
             f"model.path: the configuration is not that of the model of {checkpoint}: it differs in {shown}; give the model that "
             "the run began with, or another --run.dir"
         )
+    ends = {place: _end_tokens(place, trusted=trusted) for place in (checkpoint / MODEL_FOLDER, directory)}
+    if len({*ends.values()}) > 1:
+        listed = ", ".join(f"{end} in {place}" for place, end in ends.items())
+        raise SettingsError(
+            f"model.path: responses would end elsewhere than those of {checkpoint}: the end tokens are {listed} "
+            "(generation_config.json and the tokenizer); give the model that the run began with, or another --run.dir"
+        )
+
+
+def _end_tokens(directory: Path, *, trusted: bool) -> tuple[int | None, ...]:
+    """What vLLM ends a response at: the tokenizer's token, and those of the generation's configuration."""
+    from transformers import AutoTokenizer
+
+    path = directory / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    own = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted).eos_token_id
+    return (own, *sorted({*(ids if isinstance(ids, list) else [] if ids is None else [ids])} - {own}))
 
 
 def _set_steps(settings: Settings, n_problems: int) -> None:
@@ -279,15 +297,29 @@ def _choose_device(settings: Settings) -> None:
 
 def check_cluster(address: str | None) -> None:
     """Refuse an address where nothing answers; joining it would hang, and then fail."""
-    if address is None or address == "auto":
+    if address is None:
         return
+    if address == "auto":
+        address = _running_cluster()
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that cannot be one of a machine
         reason = getattr(error, "strerror", None) or "no answer"
         raise SettingsError(
             f"cluster.address: there is no Ray cluster at {address} ({reason}); start one with `ray start --head`, or correct it"
+        ) from error
+
+
+def _running_cluster() -> str:
+    """What Ray takes `auto` for."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto")
+    except ConnectionError as error:
+        raise SettingsError(
+            "cluster.address is auto, but no Ray cluster runs on this machine; start one with `ray start --head`, or leave it out"
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from tic_megatron.commands.run_folder import HARMLESS, HARMLESS_SECTIONS
-from tic_megatron.config import SettingsError
+from tic_megatron.config import SettingsError, resolve_folder
 from tic_megatron.config_evaluate import HARMLESS as HARMLESS_IN_EVALUATION
 from tic_megatron.evaluation.paper import (
     COLUMNS,
@@ -68,10 +68,10 @@ class FinishedRun:
 
 def run(folders: Sequence[str], out: str) -> int:
     """Write the report; returns the exit code. Raises SettingsError for bad input, before anything is written."""
-    target = Path(out)
+    target = Path(resolve_folder("report", out))
     if (target / "config.yaml").exists():
         raise SettingsError(f"report: {target} is a run folder or an evaluation; give the folder for the report last")
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(Path(resolve_folder("report", folder))) for folder in folders]
     _refuse_doubles(runs)
     _refuse_mixed_cells(runs)
     try:
@@ -101,7 +101,9 @@ def read_run(folder: Path) -> FinishedRun:
         )
     try:
         rows = [dict(row) for row in read_metrics(folder / METRICS_FILE)]
-    except (ValueError, TypeError) as error:
+        if not all(type(row["step"]) is int for row in rows):
+            raise TypeError("a step is not a number")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise SettingsError(
             f"report: {folder / METRICS_FILE} is not a file of metrics; restore it, or leave the run out"
         ) from error
@@ -124,7 +126,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {f"{section}.{name}": value for section, members in sections.items() for name, value in members.items()}
-    except (OSError, yaml.YAMLError, AttributeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, ValueError, RecursionError) as error:
         raise SettingsError(f"report: {path} does not hold the settings of a run; give another folder") from error
 
 

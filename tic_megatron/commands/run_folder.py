@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, load_state
-from tic_megatron.config import GRADING_ONLY, Settings, SettingsError
+from tic_megatron.config import CHAT_TEMPLATES, GRADING_ONLY, RewardSettings, Settings, SettingsError
 from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.preemption import MARKER
@@ -99,19 +99,21 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
 
 def digest_programs(settings: Settings) -> dict[str, str]:
     """SHA-256 of the user's Python files, by the setting that names them. What they import is not looked at."""
-    named = {
-        "reward.function": [term.function[0] for term in settings.reward.terms if term.function],
-        "algorithm.plugin": [settings.algorithm.plugin] if settings.algorithm.plugin else [],
-    }
-    digests = {}
-    for key, files in named.items():
-        try:
-            contents = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-        except OSError:
-            continue  # who runs it says so
-        if contents:
-            digests[key] = "+".join(contents)
-    return digests
+    plugin = settings.algorithm.plugin
+    digests = {"reward.function": digest_reward(settings.reward), "algorithm.plugin": _digest([plugin] if plugin else [])}
+    return {key: digest for key, digest in digests.items() if digest}
+
+
+def digest_reward(reward: RewardSettings) -> str:
+    """SHA-256 of the files whose functions are terms of the reward, joined by `+`; empty where there are none."""
+    return _digest([term.function[0] for term in reward.terms if term.function])
+
+
+def _digest(files: list[str]) -> str:
+    try:
+        return "+".join(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
+    except OSError:
+        return ""  # who runs it says so
 
 
 def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
@@ -185,16 +187,19 @@ def _check_metrics(path: Path) -> None:
 
 def changed_settings(folder: Path, settings: Settings, setting: str = "run.dir") -> dict[str, tuple[Any, Any]]:
     """The settings that matter to a resumed run and differ: name -> (value in the folder's config.yaml, value now)."""
-    return {key: values for key, values in _all_changes(folder, settings, setting).items() if not _is_harmless(key, settings)}
+    changes = _all_changes(folder, settings, setting)
+    return {key: values for key, values in changes.items() if not (_is_harmless(key, settings) or _has_moved(key, *values))}
 
 
-def record_changes(settings: Settings) -> str | None:
-    """Before a run is continued: add the settings that differ from its `config.yaml` to its `changes.jsonl`. Returns a line that
-    tells them, None when there are none or the folder holds no run. Raises OSError."""
+def record_changes(settings: Settings, checkpoint: Path | None) -> str | None:
+    """Before a run is continued: add the settings that differ from its `config.yaml`, or in a new folder from that of the
+    checkpoint, to its `changes.jsonl`. Returns a line that tells them, None when there are none or nothing is continued. Raises
+    OSError."""
     folder = Path(settings.run.dir)
-    if not (folder / "config.yaml").exists():
+    before = next((there for there in (folder, checkpoint) if there and (there / SETTINGS_FILE).exists()), None)
+    if before is None:
         return None
-    changes = {key: values for key, values in _all_changes(folder, settings).items() if key not in OF_THIS_START}
+    changes = {key: values for key, values in _all_changes(before, settings).items() if key not in OF_THIS_START}
     if not changes:
         return None
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -229,6 +234,22 @@ def _is_harmless(key: str, settings: Settings) -> bool:
     if key == "model.path":  # the weights come from the checkpoint, which also knows the configuration and the tokens
         return not settings.algorithm.kl_coefficient or settings.algorithm.reference_path is not None
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
+
+
+def _has_moved(key: str, there: Any, here: Any) -> bool:
+    """Whether a setting names files that may have moved. That they are the same is seen elsewhere: the checkpoint has hashes of
+    programs, and of what the chat template makes of the problems."""
+    if key in ("algorithm.plugin", "model.chat_template"):
+        return bool(there and here) and not {there, here} & set(CHAT_TEMPLATES)
+    return key == "reward.function" and _without_files(there) == _without_files(here)
+
+
+def _without_files(function: str) -> list[tuple[float, str]] | None:
+    """The terms of a reward, without the paths of files."""
+    try:
+        return [(term.weight, term.function[1] if term.function else term.source) for term in RewardSettings(function).terms]
+    except (SettingsError, TypeError):
+        return None
 
 
 def has_trained(folder: Path) -> bool:

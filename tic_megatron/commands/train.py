@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tic_megatron.commands.preflight import TrainInputs, preflight
 from tic_megatron.commands.run_folder import check_programs, has_trained, record_changes
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
-from tic_megatron.observability.files import atomic_writer
+from tic_megatron.observability.files import atomic_writer, disk_problem
 from tic_megatron.observability.metrics import METRICS_FILE, last_step, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
@@ -36,15 +35,16 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         # Until another process leaves the folder, what there is to continue from may change.
         locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
-        with taking_signals(lambda number: os._exit(_leave(settings, number))):
+        with taking_signals(lambda number: _leave(settings, number, "the same command continues")):
             inputs = preflight(settings)
-        if not locked:
-            _lock(folder, stack)
-        _prepare(folder, settings, inputs)
-        for warning in inputs.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        for line in level_lines(settings.reward, [settings.reward.function, *(x.benchmark.reward for x in inputs.benchmarks)]):
-            say(line)
+            if not locked:
+                _lock(folder, stack)
+            _prepare(folder, settings, inputs)
+            for warning in inputs.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            graders = [settings.reward.function, *(chosen.benchmark.reward for chosen in inputs.benchmarks)]
+            for line in level_lines(settings.reward, graders):
+                say(line)
         return _supervised(settings, inputs, folder)
 
 
@@ -53,7 +53,7 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
         last_step=lambda: last_step(folder / METRICS_FILE),
-        leave=lambda number: _leave(settings, number),
+        leave=lambda number: _leave(settings, number, _what_continues(settings)),
         note=say,
     )
     if code != 0:
@@ -61,20 +61,28 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     return code
 
 
-def _leave(settings: Settings, number: signal.Signals) -> int:
+def _leave(settings: Settings, number: signal.Signals, what_continues: str) -> int:
     """The driver was told to leave and could not save: what it saved before is what the next one continues from."""
     if number == signal.SIGINT:
         return 130
     folder = Path(settings.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark(folder, number.name, last_step(folder / METRICS_FILE))
-    say(f"left at {number.name} without saving; {_what_continues(settings)} from the last checkpoint in {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, number.name, last_step(folder / METRICS_FILE))
+    except OSError as error:
+        say(f"error: left at {number.name} without saving, and without a marker: {disk_problem(error, folder)}")
+        return 1
+    say(f"left at {number.name} without saving; {what_continues} from the last checkpoint in {folder}")
     return 0
 
 
 def _what_continues(settings: Settings) -> str:
-    without = "" if settings.run.resume == "auto" else " without --run.resume"  # which would begin again, or refuse to
-    return f"the same command{without} continues"
+    """Once the run has a checkpoint of its own, `run.resume` would have it begin again at another one, or refuse to."""
+    resume = settings.run.resume
+    own = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).last_step()
+    began_at = load_state(Path(resume)).step if (Path(resume) / "state.json").exists() else 0
+    drop = resume == "never" or (resume != "auto" and 0 < own >= began_at)
+    return f"the same command{' without --run.resume' if drop else ''} continues"
 
 
 def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
@@ -88,11 +96,14 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
         if summary is None:
             say(f"{(folder / MARKER).read_text().strip()}; {_what_continues(settings)}")
         else:
-            print_summary(summary, folder)
+            with suppress(OSError, SystemExit):  # nobody reads it: rich would end the process
+                print_summary(summary, folder)
         return 0
 
-    continues = f"{_what_continues(settings)} from the last checkpoint in {folder}"
-    return drive(work, folder, what="run", interrupted=continues)
+    def interrupted() -> str:
+        return f"{_what_continues(settings)} from the last checkpoint in {folder}"
+
+    return drive(work, folder, what="run", interrupted=interrupted)
 
 
 def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
@@ -101,10 +112,10 @@ def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
     if checkpoint is None:
         return inputs
     state = load_state(checkpoint)
-    if settings.run.resume != "auto" and inputs.checkpoint and state.step <= load_state(inputs.checkpoint).step:
+    if settings.run.resume != "auto" and inputs.checkpoint and state.step <= inputs.step:
         return inputs  # of the run as it was before it went back to a named one
     check_programs(checkpoint, state, settings)
-    return replace(inputs, checkpoint=checkpoint, damaged=damaged)
+    return replace(inputs, checkpoint=checkpoint, step=state.step, damaged=damaged)
 
 
 def _is_file(path: Path) -> bool:
@@ -129,13 +140,12 @@ def _prepare(folder: Path, settings: Settings, inputs: TrainInputs) -> None:
     take the last of them."""
     try:
         (folder / "logs").mkdir(exist_ok=True)
-        changes = record_changes(settings)
+        changes = record_changes(settings, inputs.checkpoint)
         if changes:
             print(changes, file=sys.stderr)
         with atomic_writer(folder / "config.yaml") as file:
             file.write(settings.to_yaml())
-        step = load_state(inputs.checkpoint).step if inputs.checkpoint else 0
-        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_after(step)
+        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_after(inputs.step, inputs.checkpoint)
     except OSError as error:
         raise _unwritable(folder, error) from error
 

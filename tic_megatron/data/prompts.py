@@ -115,7 +115,8 @@ def _messages(value: Any, field: str, where: str) -> list[dict[str, str]]:
 def _answer(value: Any, field: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         _refuse_value(value, field, where, "text or a number")
-    if not isinstance(value, str) and not math.isfinite(value):
+    finite = value.is_finite() if isinstance(value, Decimal) else not isinstance(value, float) or math.isfinite(value)
+    if not finite:
         _refuse_value(value, field, where, "text or a number")
     text = str(value)
     if not text.strip():

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -45,4 +45,5 @@ def disk_problem(error: OSError, place: Path) -> str:
 def lower_priority() -> None:
     """Have the calling thread take what training leaves of the processors (on Linux, where threads have priorities)."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with suppress(OSError):  # it may be lower already
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -62,7 +62,8 @@ class ProgressDisplay:
 
     def __exit__(self, *_exception: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
             self._live = None
 
     def phase(self, name: str) -> None:
@@ -72,7 +73,8 @@ class ProgressDisplay:
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._live is not None:
-            self._console.print(text, markup=False, highlight=False)
+            with suppress(OSError):
+                self._console.print(text, markup=False, highlight=False)
         else:
             self._write(text)
 

@@ -25,8 +25,8 @@ class BackgroundGrader:
         self._report = GradeReport()
         self._error: BaseException | None = None
         self._abandoned = False
-        self._thread = threading.Thread(target=self._work, name="grader", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # not a `join`: see `rollout.source`
+        threading.Thread(target=self._work, name="grader", daemon=True).start()
 
     def add(self, group: Group) -> None:
         """Grade this one next."""
@@ -35,7 +35,7 @@ class BackgroundGrader:
     def finish(self) -> GradeReport:
         """Wait for the rewards of all groups. Raises what grading raised."""
         self._groups.put(None)
-        self._thread.join()
+        self._ended.wait()
         if self._error is not None:
             raise self._error
         return self._report
@@ -57,3 +57,5 @@ class BackgroundGrader:
                     return
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()

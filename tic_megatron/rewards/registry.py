@@ -19,6 +19,8 @@ from tic_megatron.config import RewardSettings, SettingsError
 FIELDS = ("answer", "prompt", "problem_id")
 """What a reward function may ask for besides the response: the reference answer, the problem's text, and its id."""
 RESPONSES = ("response", "responses", "tokens")
+LARGEST_REWARD = 1e9
+"""In size: sums of squares of more could leave fp32, and one response would spoil the update of all."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,17 @@ def _listed(value: Any, n: int, unit: str) -> list:
 
 
 def finite_number(value: Any) -> float:
-    """A reward as a float: finite real numbers, numpy's and torch's scalars too; True and False are 1 and 0. No texts."""
+    """A reward as a float: finite real numbers up to `LARGEST_REWARD` in size, numpy's and torch's scalars too; True and False
+    are 1 and 0. No texts."""
     try:
         number = value.item() if hasattr(value, "item") else value
-        if isinstance(number, numbers.Real) and math.isfinite(number):
-            return float(number)
+        number = float(number) if isinstance(number, numbers.Real) else math.nan
     except (OverflowError, TypeError, ValueError, RuntimeError):  # too large a number; an array of several
-        pass
+        number = math.nan
+    if abs(number) <= LARGEST_REWARD:
+        return number
+    if math.isfinite(number):
+        raise InvalidRewardError(f"the reward is {shown(value)}, more than {LARGEST_REWARD:g} in size")
     raise InvalidRewardError(f"the reward is {shown(value)}, not a finite number")
 
 

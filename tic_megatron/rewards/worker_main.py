@@ -1,8 +1,8 @@
-"""The process that grades: `python -m tic_megatron.rewards.worker_main`.
+"""The process that grades: `python -m tic_megatron.rewards.worker_main JSON FD`.
 
-JSON lines in. The first is `{"source": ..., "program": ..., "settings": {...}}`: the term, and what its file holds if it is a
-function of one (bytes as latin-1). The others are `{"call": n, "items": [...]}`, with the fields that the function is given of
-each response; they may come when the process has said that it is ready. JSON lines out, first
+JSON is `{"source": ..., "settings": {...}}`; FD is the descriptor of a file with the program that the reward is a function of.
+
+JSON lines in, `{"call": n, "items": [...]}`: the fields that the function is given of each response. JSON lines out, first
 `{"ready": true}`, or `{"broken": text}` where the function cannot be loaded. Then for each call `{"call": n, "results": [...]}`,
 of each response `{"reward": x}` or, for what is no finite number, `{"invalid": text}`; or `{"call": n, "fault": {...}}` with
 `failed`, `invalid` or `timed_out`, of all of them. The reward is a list of numbers where it is dense. With `"check": true` the
@@ -33,12 +33,14 @@ def main() -> None:
     from tic_megatron.config import RewardSettings, RewardTerm, SettingsError
     from tic_megatron.rewards.terms import open_reward
 
-    order = json.loads(tasks.readline())
+    order = json.loads(sys.argv[1])
+    with open(int(sys.argv[2]), "rb") as file:
+        program = file.read()
     settings = RewardSettings(**order["settings"])
     limit = settings.memory_gib << 30  # a huge number in a response must not take the machine's memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        reward = open_reward(RewardTerm(1.0, order["source"]), settings, (order["program"] or "").encode("latin-1"))
+        reward = open_reward(RewardTerm(1.0, order["source"]), settings, program)
         if reward.prepare:
             reward.prepare()
         if reward.check and order.get("check"):

@@ -11,6 +11,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -70,24 +71,23 @@ class Worker:
         package_parent = str(Path(tic_megatron.__file__).resolve().parent.parent)
         search_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         environment = without_secrets(os.environ) | _kept_secrets(term.source, settings)
-        program = term.program.decode("latin-1") if term.program is not None else None
-        order = {"source": term.source.source, "program": program, "settings": asdict(settings), "check": check}
+        order = {"source": term.source.source, "settings": asdict(settings), "check": check}
         if log_path is not None:
             log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_path or os.devnull, "ab") as log:
+        with open(log_path or os.devnull, "ab") as log, tempfile.TemporaryFile() as program:
+            program.write(term.program or b"")
+            program.seek(0)
             self._process = subprocess.Popen(
                 # A plain interpreter, not multiprocessing: that would import the caller's main module, torch and all.
-                [sys.executable, "-P", "-m", "tic_megatron.rewards.worker_main"],
+                [sys.executable, "-P", "-m", "tic_megatron.rewards.worker_main", json.dumps(order), str(program.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                pass_fds=[program.fileno()],
                 env={**environment, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is the driver's to handle; a worker ends when its pipe closes
             )
         self.input, self.output = self._process.stdin, self._process.stdout
-        with contextlib.suppress(BrokenPipeError):  # it has died; its end of the other pipe says so
-            self.input.write(json.dumps(order).encode() + b"\n")
-            self.input.flush()
         os.set_blocking(self.input.fileno(), False)  # one that is busy does not read, and must not hold the driver up
 
     @property

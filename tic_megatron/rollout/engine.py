@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing.connection
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,6 +82,18 @@ class EngineWorker:
         self._weight_version = 0
         self._update_started = 0.0
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._ending = False
+        ranks = getattr(self._llm.llm_engine.engine_core.engine_core.model_executor, "workers", [])
+        if ranks:
+            threading.Thread(target=self._end_with, args=([rank.proc.sentinel for rank in ranks],), daemon=True).start()
+
+    def _end_with(self, sentinels: list[int]) -> None:
+        """In a thread: a tensor-parallel process has died, and the engine is of no use any more. vLLM would raise an error that
+        cannot be told from one of the program; a process that is gone is replaced."""
+        multiprocessing.connection.wait(sentinels)
+        if not self._ending:
+            print("a tensor-parallel process of this engine has died", flush=True)
+            os._exit(1)
 
     def ready(self) -> int:
         """The process id, once the model is loaded."""
@@ -209,6 +223,7 @@ class EngineWorker:
 
     def shutdown(self) -> None:
         """End the tensor-parallel processes and free the memory."""
+        self._ending = True
         self._llm.llm_engine.engine_core.shutdown()
 
 

@@ -288,13 +288,13 @@ class _UnderWay:
         self._rollout: Rollout | None = None
         self._error: BaseException | None = None
         self._somebody_waits = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="rollout", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # a `join` that a signal interrupts takes the thread for ended ever after (Python 3.11)
+        threading.Thread(target=self._work, name="rollout", daemon=True).start()
 
     @property
     def at_work(self) -> bool:
         """Whether the engines are the thread's."""
-        return self._thread.is_alive()
+        return not self._ended.is_set()
 
     @property
     def failed(self) -> bool:
@@ -305,7 +305,7 @@ class _UnderWay:
         """Wait for the responses; the actors are the thread's meanwhile."""
         self._somebody_waits.set()
         try:
-            self._thread.join()
+            self._ended.wait()
         except BaseException:  # told to leave
             self._somebody_waits.clear()
             raise
@@ -316,7 +316,7 @@ class _UnderWay:
     def end(self, *, timeout_s: float) -> None:
         """Wait for the thread, once the engines have been stopped."""
         self._somebody_waits.set()
-        self._thread.join(timeout_s)
+        self._ended.wait(timeout_s)
 
     def wait_for_actors(self) -> None:
         """In the thread: until the driver does nothing with the actors but wait."""
@@ -328,6 +328,8 @@ class _UnderWay:
         except BaseException as error:
             self._error = error
             self.grader.abandon()
+        finally:
+            self._ended.set()
 
 
 class _Restored:

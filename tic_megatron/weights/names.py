@@ -75,13 +75,11 @@ def qwen3_weights(hf) -> list[Weight]:
         mlp_norm = (to + "pre_mlp_layernorm.weight", to + "mlp.linear_fc1.layer_norm_weight")
         weights += [
             _single(input_norm, fro + "input_layernorm.weight", (hidden,), None, layer),
-            _qkv(attention + "linear_qkv.", fro + "self_attn.", "weight", (hidden,), n_q, n_kv, head_dim, layer),
+            _qkv(attention + "linear_qkv.weight", fro + "self_attn.", hidden, n_q, n_kv, head_dim, layer),
             _single(attention + "q_layernorm.weight", fro + "self_attn.q_norm.weight", (head_dim,), None, layer),
             _single(attention + "k_layernorm.weight", fro + "self_attn.k_norm.weight", (head_dim,), None, layer),
             _single(attention + "linear_proj.weight", fro + "self_attn.o_proj.weight", (hidden, n_q * head_dim), 1, layer),
         ]
-        if hf.attention_bias:
-            weights.append(_qkv(attention + "linear_qkv.", fro + "self_attn.", "bias", (), n_q, n_kv, head_dim, layer))
         weights.append(_single(mlp_norm, fro + "post_attention_layernorm.weight", (hidden,), None, layer))
         weights += _experts(hf, to, fro, layer) if has_experts(hf, layer) else _mlp(hf, to, fro, layer)
     weights.append(_single("decoder.final_layernorm.weight", "model.norm.weight", (hidden,), None))
@@ -142,21 +140,21 @@ def _tuple(names: Names) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _qkv(prefix: str, hf_prefix: str, kind: str, tail: Shape, n_q: int, n_kv: int, head_dim: int, layer: int) -> Weight:
+def _qkv(name: str, hf_prefix: str, hidden: int, n_q: int, n_kv: int, head_dim: int, layer: int) -> Weight:
     """Megatron's fused attention input: per KV group its query heads, then its key, then its value."""
     heads = {"q": n_q, "k": n_kv, "v": n_kv}
-    parts = tuple(HFTensor(f"{hf_prefix}{p}_proj.{kind}", (n * head_dim, *tail), 0) for p, n in heads.items())
+    parts = tuple(HFTensor(f"{hf_prefix}{p}_proj.weight", (n * head_dim, hidden), 0) for p, n in heads.items())
     per_group = [n_q // n_kv * head_dim, head_dim, head_dim]
 
     def join(parts: list[Tensor]) -> Tensor:
-        grouped = [part.reshape(-1, rows, *tail) for part, rows in zip(parts, per_group, strict=True)]
-        return torch.cat(grouped, dim=1).reshape(-1, *tail)
+        grouped = [part.reshape(-1, rows, hidden) for part, rows in zip(parts, per_group, strict=True)]
+        return torch.cat(grouped, dim=1).reshape(-1, hidden)
 
     def split(local: Tensor) -> list[Tensor]:
-        groups = local.reshape(-1, sum(per_group), *tail)
-        return [part.reshape(-1, *tail) for part in groups.split(per_group, dim=1)]
+        groups = local.reshape(-1, sum(per_group), hidden)
+        return [part.reshape(-1, hidden) for part in groups.split(per_group, dim=1)]
 
-    return Weight((prefix + kind,), layer, parts, join, split)
+    return Weight((name,), layer, parts, join, split)
 
 
 def write_index(directory: Path, weight_map: dict[str, str]) -> None:

@@ -78,7 +78,6 @@ def transformer_config(hf: PretrainedConfig, settings: ActorSettings) -> Transfo
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.attention_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+PATIENCE_S = 30.0
+"""Seconds to wait for memory that another process is about to give up."""
 
 
 class Parked:
@@ -38,10 +42,24 @@ class Parked:
     def restore(self) -> None:
         """Give the tensors their memory and their values back."""
         for tensor, nbytes, on_host in self._parked:
-            tensor.untyped_storage().resize_(nbytes)
+            _take(tensor.untyped_storage(), nbytes)
             everything = _bytes(tensor)
             everything.zero_() if on_host is None else everything.copy_(on_host)
         self._parked = []
+
+
+def _take(storage: torch.UntypedStorage, nbytes: int) -> None:
+    """Resize a storage. On a GPU whose engine has just been killed, the memory may take seconds to come free: try for a while."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            storage.resize_(nbytes)
+            return
+        except torch.OutOfMemoryError:
+            if time.monotonic() > end:
+                raise
+            torch.cuda.empty_cache()
+            time.sleep(0.5)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
