@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +179,12 @@ def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
     saved.add_pending(20, full)
     assert saved.problems()[0].startswith("the rollout ahead of step 20 was not saved: No space left on device")
     assert find_pending(saved.folder / "step_20") == (saved.folder / "step_20", None)
+    # That of a checkpoint which somebody has removed is not taken for another one's.
+    saved.add_pending(30, lambda folder: (folder / "groups").write_text("of the first step 30"))
+    shutil.rmtree(checkpoint)
+    save(saved, 30)
+    assert find_pending(checkpoint) == (checkpoint, None)
+    saved.add_pending(30, lambda folder: (folder / "groups").write_text("x"))
     # It goes where its checkpoint goes.
     saved.set_aside_after(20, saved.folder / "step_20")
     assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30.replaced", "step_30.replaced.pending"]
@@ -222,20 +227,21 @@ def test_a_failed_run_does_not_wait_for_its_save_for_ever():
 
 def test_finish_waits_after_an_interruption_too(tmp_path):
     """(Python's `join`, once interrupted, takes the thread for ended.)"""
-    checkpoints, begun = Checkpoints(tmp_path, keep=2), time.monotonic()
+    checkpoints, written = Checkpoints(tmp_path, keep=2), threading.Event()
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        checkpoints.save(RunState(step=1), lambda folder: lambda: time.monotonic() > begun + 1.5, write_model)
+        checkpoints.save(RunState(step=1), lambda folder: written.is_set, write_model)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.finish()
     finally:
         signal.signal(signal.SIGALRM, before)
     assert checkpoints.finish(timeout_s=0.1) is None and checkpoints.last_step() == 0
+    written.set()
     assert checkpoints.finish() is None and checkpoints.last_step() == 1
 
 

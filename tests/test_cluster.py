@@ -13,6 +13,7 @@ from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.worker import Place
 from tic_megatron.cluster import start_cluster
 from tic_megatron.config import Settings, SettingsError
+from tic_megatron.remote import WorkerError
 
 
 def settings_for(*, device="cpu", actors=2, engines=2, tp_size=2, colocate=False, replay=None, address=None):
@@ -120,3 +121,14 @@ def test_an_engine_lies_on_one_node_and_too_small_clusters_are_refused(nodes):
         start_cluster(settings_for(actors=10, colocate=True, address=nodes.address)),
     ):
         raise AssertionError("the cluster is too small")
+
+
+def test_a_start_of_ray_that_fails_may_be_tried_again(monkeypatch):
+    def too_slow(**options):
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    message = r"^Ray does not start: The current node timed out during startup\.$"
+    with pytest.raises(WorkerError, match=message) as error, start_cluster(settings_for()):
+        pass
+    assert error.value.may_pass

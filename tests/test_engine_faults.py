@@ -328,7 +328,7 @@ def test_one_step_ahead_a_signal_does_not_wait_for_the_rollout_and_loses_nothing
     source = rollouts_of(group)
     source.settings.rollout.steps_ahead = 1
     source.use_weights(actors, 1)
-    source.begin(prompts_of(40, tokens=16), 2)
+    source.begin(prompts_of(200, tokens=16), 2)
     preemption, before = Preemption(), signal.getsignal(signal.SIGTERM)
     preemption.listen()
     try:
@@ -345,7 +345,7 @@ def test_one_step_ahead_a_signal_does_not_wait_for_the_rollout_and_loses_nothing
     assert actors.calls == calls  # they are being saved
     source.wait(actors, 1)
     pending = source.pending(1)
-    assert pending.step == 2 and len(pending.groups) == 40
+    assert pending.step == 2 and len(pending.groups) == 200
     assert {t.weight_version for g in pending.groups for t in g.trajectories} == {1}
 
 

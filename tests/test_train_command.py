@@ -645,6 +645,9 @@ def test_files_of_the_users_may_move(workspace):
     settings = settings_of(*workspace.base[1:], *MOVED_REWARD).resolve()
     check_run_folder(settings)
     assert find_checkpoint(settings)[1].step == 2
+    registered = settings_of(*workspace.base[1:], "--reward.function=f").resolve()
+    with pytest.raises(SettingsError, match=r"reward\.function \(.*a/r\.py:f there, f here\)"):  # another one of that name
+        check_run_folder(registered)
     settings.reward.function = settings.reward.function.replace(":f", ":g")
     with pytest.raises(SettingsError, match=r"reward\.function \(.*a/r\.py:f there, .*b/r\.py:g here\)"):
         check_run_folder(settings)
@@ -655,7 +658,10 @@ def test_no_cluster_is_running(monkeypatch):
         raise ConnectionError
 
     monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", nothing)
-    with pytest.raises(SettingsError, match=r"cluster\.address is auto, but no Ray cluster runs on this machine; start one"):
+    with pytest.raises(SettingsError, match=r"cluster\.address is auto, but no Ray cluster runs on this machine"):
+        check_cluster("auto")
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda address: None)  # RAY_ADDRESS=local
+    with pytest.raises(SettingsError, match=r"RAY_ADDRESS names none"):
         check_cluster("auto")
 
 

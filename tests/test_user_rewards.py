@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.rollouts import group_of
+from tic_megatron.commands.run_folder import digest_reward
 from tic_megatron.config import RewardSettings, SettingsError
 from tic_megatron.rewards import RewardWorkers, read_terms
 from tic_megatron.rewards.user_functions import read_form
@@ -225,6 +226,13 @@ def test_a_file_that_is_changed_later_is_not_that_of_this_run(tmp_path: Path) ->
         assert rewards.workers[0].pid != before
     with RewardWorkers(RewardSettings(function=f"{file}:f", workers=1)) as rewards:
         assert rewards.grade([("£", "")])[0] == [7.0]
+
+
+def test_a_file_is_compiled_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text("def f(response: str): return float(f.__annotations__['response'] is str)\n")
+    with RewardWorkers(RewardSettings(function=f"{tmp_path}/r.py:f", workers=1)) as rewards:
+        assert rewards.grade([("x", "")])[0] == [1.0]
+        assert rewards.program_digest == digest_reward(RewardSettings(function=f"{tmp_path}/r.py:f"))
 
 
 def test_a_check_of_rewards_leaves_no_process(functions: Path) -> None:

@@ -156,6 +156,7 @@ class Checkpoints:
             _sync(folder)
         if target.exists():
             self._set_aside(target)
+        shutil.rmtree(_pending_of(target), ignore_errors=True)  # of a checkpoint that somebody has removed
         unfinished.rename(target)
         _sync(self.folder)
         for old in self._all()[: -self.keep]:
@@ -183,10 +184,10 @@ class Checkpoints:
     def _set_aside(self, checkpoint: Path) -> None:
         names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
         place = next(place for name in names if not (place := self.folder / name).exists())
-        checkpoint.rename(place)
         if _pending_of(checkpoint).exists():
             shutil.rmtree(_pending_of(place), ignore_errors=True)
             _pending_of(checkpoint).rename(_pending_of(place))
+        checkpoint.rename(place)
 
     def _fail(self, what: str, unfinished: Path, error: Exception) -> None:
         reason = disk_problem(error, unfinished) if isinstance(error, OSError) else str(error)

@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tic_megatron.config import Settings, SettingsError
+from tic_megatron.remote import WorkerError
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster without GPUs: rollouts pass through it, weights do not."""
@@ -94,7 +95,7 @@ def start_cluster(settings: Settings, *, actors: bool = True) -> Iterator[Cluste
         if not on_gpu:
             options["object_store_memory"] = OBJECT_STORE_BYTES
     with closed_to_others() if local else nullcontext():
-        ray.init(address=settings.cluster.address or "local", **options)
+        _connect(settings.cluster.address or "local", options)
         groups: list[PlacementGroup] = []
         try:
             for what, bundles in _wanted(settings, actors=actors).items():
@@ -105,6 +106,16 @@ def start_cluster(settings: Settings, *, actors: bool = True) -> Iterator[Cluste
                 for group in groups:
                     remove_placement_group(group)
             ray.shutdown()
+
+
+def _connect(address: str, options: dict[str, Any]) -> None:
+    """Start Ray or join it. WorkerError when it is too slow or fails, as on a machine that is busy: another try may do."""
+    try:
+        ray.init(address=address, **options)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # Ray has no exceptions of its own for this
+        raise WorkerError(f"Ray does not start: {str(error).strip().partition(chr(10))[0]}", may_pass=True) from error
 
 
 @contextmanager

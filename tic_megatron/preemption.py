@@ -18,8 +18,9 @@ class Preempted(BaseException):
     """The run is to save and leave. Not an `Exception`, so that nothing takes it for a failure and goes on."""
 
 
-class _Interruption(KeyboardInterrupt):
-    """What the handler raises: libraries in C (Ray) let nothing else through, and turn others into errors of their own."""
+class Interruption(KeyboardInterrupt):
+    """What the handler raises: libraries in C (Ray) let nothing else through, and turn others into errors of their own.
+    `breakable` makes Preempted of it, but for one that comes while it is being entered or left."""
 
 
 class Preemption:
@@ -67,7 +68,7 @@ class Preemption:
         self.signal = signal.Signals(number).name
         if self._breakable:
             self._breakable = False
-            raise _Interruption
+            raise Interruption
 
 
 @contextmanager

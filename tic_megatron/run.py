@@ -139,6 +139,8 @@ class Run:
         rewards = RewardWorkers(self.settings.reward, self.dir / "logs" / "rewards.log", self._token_text)
         self._stack.callback(rewards.close)
         self._rewards = {self.settings.reward.function: rewards}
+        if rewards.program_digest:  # of what it runs, should the file have been changed since the checks
+            self.state.programs["reward.function"] = rewards.program_digest
         for benchmark in (chosen.benchmark for chosen in self.inputs.benchmarks):
             if benchmark.reward not in self._rewards:
                 grader = RewardWorkers(grader_settings(benchmark, self.settings.reward), self.dir / "logs" / "rewards.log")

@@ -12,7 +12,7 @@ from tic_megatron.algorithms import dense_advantages, group_advantages
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.config import AlgorithmSettings, Settings
 from tic_megatron.data.packing import Packing, has_equal_rewards, pack_rollout
-from tic_megatron.preemption import Preempted
+from tic_megatron.preemption import Interruption, Preempted
 from tic_megatron.run import Run
 from tic_megatron.trajectory import Group, MiniBatch
 
@@ -31,8 +31,8 @@ def train(settings: Settings, inputs: TrainInputs) -> dict[str, Any] | None:
                 run.record()
                 run.preemption.check()
             return run.finish()
-        except Preempted as signal:
-            run.leave(str(signal))
+        except (Preempted, Interruption):
+            run.leave(run.preemption.signal)
             return None
 
 
@@ -68,7 +68,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
         with timed("update"):
             metrics, skipped = run.actors.update()
             run.report_skipped(skipped, groups)
-        with suppress(Preempted):  # the step is trained; the run leaves once it is recorded
+        with suppress(Preempted, Interruption):  # the step is trained; the run leaves once it is recorded
             with timed("generate"), run.preemption.breakable():
                 run.rollouts.wait(run.actors, version=step)  # for the next step's, one step ahead
             run.log_memory(step, "train")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -257,7 +258,13 @@ def _end_tokens(directory: Path, *, trusted: bool) -> tuple[int | None, ...]:
 
     path = directory / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.exists() else None
-    own = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted).eos_token_id
+    try:
+        own = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted).eos_token_id
+    except Exception as error:  # transformers lets all kinds through
+        raise SettingsError(
+            f"run.resume: the tokenizer in {directory} cannot be loaded ({_reason(error)}), so that nobody knows where responses "
+            "ended; give another checkpoint"
+        ) from error
     return (own, *sorted({*(ids if isinstance(ids, list) else [] if ids is None else [ids])} - {own}))
 
 
@@ -315,12 +322,14 @@ def _running_cluster() -> str:
     """What Ray takes `auto` for."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    try:
-        return canonicalize_bootstrap_address("auto")
-    except ConnectionError as error:
-        raise SettingsError(
-            "cluster.address is auto, but no Ray cluster runs on this machine; start one with `ray start --head`, or leave it out"
-        ) from error
+    with suppress(ConnectionError, ValueError):  # the second of a RAY_ADDRESS that is none
+        address = canonicalize_bootstrap_address("auto")
+        if address is not None:
+            return address
+    raise SettingsError(
+        "cluster.address is auto, but no Ray cluster runs on this machine (and RAY_ADDRESS names none); start one with "
+        "`ray start --head`, or leave it out"
+    )
 
 
 def _check_reference(settings: Settings, hf_config: PretrainedConfig) -> None:

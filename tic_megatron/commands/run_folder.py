@@ -137,8 +137,8 @@ def _measures_otherwise(changes: dict[str, tuple[Any, Any]]) -> bool:
 def check_programs(checkpoint: Path, state: RunState, settings: Settings) -> None:
     """Refuse to go on from a checkpoint with a file of the user's of the same name and another content."""
     here = digest_programs(settings)
-    for key, digest in state.programs.items():
-        if here.get(key, digest) != digest and key not in settings.run.allow_change:
+    for key in sorted({*state.programs, *here}):
+        if here.get(key) != state.programs.get(key) and key not in settings.run.allow_change:
             value = settings.flatten()[key]
             raise SettingsError(
                 f"{key}: {value} has changed since {checkpoint} was written; restore the file, give another --run.dir, or "
@@ -188,7 +188,8 @@ def _check_metrics(path: Path) -> None:
 def changed_settings(folder: Path, settings: Settings, setting: str = "run.dir") -> dict[str, tuple[Any, Any]]:
     """The settings that matter to a resumed run and differ: name -> (value in the folder's config.yaml, value now)."""
     changes = _all_changes(folder, settings, setting)
-    return {key: values for key, values in changes.items() if not (_is_harmless(key, settings) or _has_moved(key, *values))}
+    allowed = settings.run.allow_change
+    return {k: values for k, values in changes.items() if not (_is_harmless(k, settings) or _has_moved(k, *values, allowed))}
 
 
 def record_changes(settings: Settings, checkpoint: Path | None) -> str | None:
@@ -236,18 +237,21 @@ def _is_harmless(key: str, settings: Settings) -> bool:
     return key in HARMLESS or key.partition(".")[0] in HARMLESS_SECTIONS
 
 
-def _has_moved(key: str, there: Any, here: Any) -> bool:
+def _has_moved(key: str, there: Any, here: Any, allowed: list[str]) -> bool:
     """Whether a setting names files that may have moved. That they are the same is seen elsewhere: the checkpoint has hashes of
     programs, and of what the chat template makes of the problems."""
-    if key in ("algorithm.plugin", "model.chat_template"):
-        return bool(there and here) and not {there, here} & set(CHAT_TEMPLATES)
+    if key == "model.chat_template":
+        return not any(value in CHAT_TEMPLATES for value in (there, here)) and "data.train" not in allowed
+    if key == "algorithm.plugin":
+        return bool(there and here)
     return key == "reward.function" and _without_files(there) == _without_files(here)
 
 
-def _without_files(function: str) -> list[tuple[float, str]] | None:
-    """The terms of a reward, without the paths of files."""
+def _without_files(function: str) -> list[tuple[float, bool, str]] | None:
+    """The terms of a reward, without the paths of files: weight, whether it is a function of one, and name."""
     try:
-        return [(term.weight, term.function[1] if term.function else term.source) for term in RewardSettings(function).terms]
+        terms = RewardSettings(function).terms
+        return [(term.weight, bool(term.function), term.function[1] if term.function else term.source) for term in terms]
     except (SettingsError, TypeError):
         return None
 

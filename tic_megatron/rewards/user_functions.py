@@ -82,7 +82,7 @@ class UserFunction:
         module.__file__ = self.path
         sys.modules[module.__name__] = module
         try:
-            exec(compile(self.program, self.path, "exec"), module.__dict__)
+            exec(compile(self.program, self.path, "exec", dont_inherit=True), module.__dict__)
             self._function = getattr(module, self.name)
         except BaseException as error:  # of sys.exit too
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.path]

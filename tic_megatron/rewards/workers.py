@@ -9,6 +9,7 @@ which counts 0, and is told in a line that names its prompt.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import selectors
 import time
@@ -112,6 +113,11 @@ class RewardWorkers:
         self._log_path = log_path
         self._pools = {term.name: _Pool(term, settings, log_path) for term in self._terms if term.reward.isolated}
         self._closed = False
+
+    @property
+    def program_digest(self) -> str:
+        """SHA-256 of the files whose functions are terms, as they were read, joined by `+`; empty where there are none."""
+        return "+".join(hashlib.sha256(term.program).hexdigest() for term in self._terms if term.program is not None)
 
     def grade_groups(self, groups: Sequence[Group]) -> GradeReport:
         """Set `reward` of every trajectory of the groups, and `token_rewards` when the reward is dense."""

@@ -19,7 +19,7 @@ GROUPS_FILE, REST_FILE = "pending_rollout.jsonl", "pending_rollout.json"
 class PendingRollout:
     """The graded groups of a step that is still to come, and what the metrics will tell about them.
 
-    `lines` are the groups as they were when this was made: training changes them while a checkpoint is written.
+    `lines` is the text of the groups as they were when this was made: training changes them while a checkpoint is written.
     """
 
     step: int
@@ -56,7 +56,8 @@ class PendingRollout:
         if not (directory / REST_FILE).exists():
             return None
         rest = json.loads((directory / REST_FILE).read_text(encoding="utf-8"))
-        groups = read_rollout(directory / GROUPS_FILE) if (directory / GROUPS_FILE).stat().st_size else []
+        text = (directory / GROUPS_FILE).read_text(encoding="utf-8", errors="surrogatepass")
+        groups = read_rollout(directory / GROUPS_FILE) if text else []
         outcome = Outcome(**{**rest["outcome"], "busy": {int(engine): busy for engine, busy in rest["outcome"]["busy"].items()}})
         set_aside = [(name, reason) for name, reason in rest["set_aside"]]
-        return cls(rest["step"], groups, [], set_aside, outcome, GradeReport(**rest["report"]))
+        return cls(rest["step"], groups, [text], set_aside, outcome, GradeReport(**rest["report"]))

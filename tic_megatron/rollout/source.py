@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from tic_megatron.config import Settings
@@ -140,6 +140,8 @@ class SampledRollouts:
     def pending(self, trained: int) -> PendingRollout | None:
         """One step ahead, what is there between two steps, also if it has just been collected: until a step is trained nothing
         changes its rollout."""
+        if self._restored is not None and self._restored.step > trained:
+            return self._restored
         made = self._under_way or self._collected
         if not self.settings.rollout.steps_ahead or self._step <= trained or self._refill:
             return None
@@ -263,8 +265,7 @@ class SampledRollouts:
 
     def _revive(self) -> None:
         """Too few engines are left: wait for replacements, and give them the weights that were sent last."""
-        if self._under_way is not None:
-            self._under_way.wait_for_actors()
+        lent_actors = self._under_way.lent_actors if self._under_way is not None else nullcontext
         attempts = 0
         while not self.engines.enough_serve():
             attempts += 1
@@ -273,10 +274,11 @@ class SampledRollouts:
                 message = f"too few engines have survived {MOST_FAILED_STARTS} weight transfers in a row (their logs: {logs})"
                 raise WorkerError(message, may_pass=True)
             self.engines.pool.wait_for_any(all_engines=self.settings.run.deterministic)
-            if self.settings.cluster.colocate:
-                self._put_to_sleep()
-            self._latest[0].restore()
-            self._send()
+            with lent_actors():
+                if self.settings.cluster.colocate:
+                    self._put_to_sleep()
+                self._latest[0].restore()
+                self._send()
 
 
 class _UnderWay:
@@ -288,6 +290,7 @@ class _UnderWay:
         self._rollout: Rollout | None = None
         self._error: BaseException | None = None
         self._somebody_waits = threading.Event()
+        self._lent = threading.Lock()  # held by the thread while it uses the actors
         self._ended = threading.Event()  # a `join` that a signal interrupts takes the thread for ended ever after (Python 3.11)
         threading.Thread(target=self._work, name="rollout", daemon=True).start()
 
@@ -308,7 +311,8 @@ class _UnderWay:
             self._ended.wait()
         except BaseException:  # told to leave
             self._somebody_waits.clear()
-            raise
+            with self._lent:
+                raise
         if self._error is not None:
             raise self._error
         return self._rollout
@@ -318,9 +322,15 @@ class _UnderWay:
         self._somebody_waits.set()
         self._ended.wait(timeout_s)
 
-    def wait_for_actors(self) -> None:
-        """In the thread: until the driver does nothing with the actors but wait."""
-        self._somebody_waits.wait()
+    @contextmanager
+    def lent_actors(self) -> Iterator[None]:
+        """In the thread: begins when the driver does nothing with the actors but wait, and keeps it waiting."""
+        while True:
+            self._somebody_waits.wait()
+            with self._lent:
+                if self._somebody_waits.is_set():
+                    yield
+                    return
 
     def _work(self) -> None:
         try:
@@ -349,8 +359,9 @@ class _Restored:
     def finish(self) -> GradeReport:
         return self._pending.report
 
-    def wait_for_actors(self) -> None:
+    def lent_actors(self) -> AbstractContextManager[None]:
         """Nobody generates."""
+        return nullcontext()
 
     def end(self, *, timeout_s: float) -> None:
         """Nothing runs."""
