@@ -52,7 +52,7 @@ def refusal(capsys, argv) -> str:
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("tic-megatron: error: ") and captured.err.endswith("\n")
+    assert captured.err.startswith("tic-megatron: error: ") and captured.err.endswith("\n"), repr(captured.err)
     line = captured.err.removesuffix("\n")
     assert "\n" not in line and "Traceback" not in line
     return line

@@ -79,11 +79,14 @@ def test_bad_input_is_refused_and_good_input_done_by_the_command(prover, rank_po
     checkpoint = save_run(prover, rank_pool, run, "untied", Layout(), "fp32")
     out = tmp_path / "out"
     out.mkdir()
+    capsys.readouterr()  # of the first model that is made
     assert "there is no" in refusal(capsys, ["export", str(tmp_path / "nothing"), str(out)])
     assert "neither a run folder" in refusal(capsys, ["export", str(run / "hf"), str(out)])
     assert "takes 2 words" in refusal(capsys, ["export", str(run)])
     assert "exists already" in refusal(capsys, ["export", str(run), str(run)])
-    assert "since" in refusal(capsys, ["export", str(run), str(checkpoint / "state.json" / "out")])
+    assert "lies in the checkpoint" in refusal(capsys, ["export", str(run), str(checkpoint / "state.json" / "out")])
+    (tmp_path / "file").touch()
+    assert "since" in refusal(capsys, ["export", str(run), str(tmp_path / "file" / "out")])
     assert "cannot be written" in refusal(capsys, ["export", str(run), "/proc/out"])
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert "holds no checkpoint" in refusal(capsys, ["export", str(tmp_path / "empty"), str(out)])
