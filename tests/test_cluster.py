@@ -12,6 +12,7 @@ from tic_megatron import cluster as places
 from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.worker import Place
 from tic_megatron.cluster import start_cluster
+from tic_megatron.commands.preflight import check_cluster
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.remote import WorkerError
 
@@ -132,3 +133,15 @@ def test_a_start_of_ray_that_fails_may_be_tried_again(monkeypatch):
     with pytest.raises(WorkerError, match=message) as error, start_cluster(settings_for()):
         pass
     assert error.value.may_pass
+
+
+def test_no_cluster_is_running(monkeypatch):
+    def nothing(address):
+        raise ConnectionError
+
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", nothing)
+    with pytest.raises(SettingsError, match=r"cluster\.address is auto, but no Ray cluster runs on this machine"):
+        check_cluster("auto")
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda address: None)  # RAY_ADDRESS=local
+    with pytest.raises(SettingsError, match=r"RAY_ADDRESS names none"):
+        check_cluster("auto")

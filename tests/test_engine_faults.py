@@ -11,7 +11,6 @@ import time
 
 import psutil
 import pytest
-import ray
 
 from tests import fake_engines as fake
 from tests.fake_engines import FakeEngine
@@ -347,28 +346,6 @@ def test_one_step_ahead_a_signal_does_not_wait_for_the_rollout_and_loses_nothing
     pending = source.pending(1)
     assert pending.step == 2 and len(pending.groups) == 200
     assert {t.weight_version for g in pending.groups for t in g.trajectories} == {1}
-
-
-@pytest.mark.parametrize("wait", [lambda call: ray.wait([call], timeout=20), lambda call: ray.get(call, timeout=20)])
-def test_a_signal_breaks_waits_for_ray_too(ray_cluster, wait):
-    """Ray lets no exceptions of handlers through but Ctrl-C's: others become errors, or are dropped."""
-
-    @ray.remote(num_cpus=0)
-    def long():
-        time.sleep(30)
-
-    call, preemption, before = long.remote(), Preemption(), signal.getsignal(signal.SIGTERM)
-    preemption.listen()
-    begun = time.monotonic()
-    try:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(Preempted, match="SIGTERM"), preemption.breakable():
-            wait(call)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        ray.cancel(call, force=True)
-    assert time.monotonic() - begun < 10
 
 
 # ---- dispatch ----

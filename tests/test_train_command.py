@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -16,22 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, make_run, moved_reward
+from tests.bad_input.folder_cases import STEP_1, STEP_2, make_run
 from tests.models import make_tiny_qwen3
 from tests.rollouts import random_rollout
 from tests.workspace import make_workspace, refusal, settings_of, write_rows
 from tic_megatron.checkpoints import CheckpointError, Checkpoints, RunState
 from tic_megatron.cli import main
-from tic_megatron.commands import driver
-from tic_megatron.commands import train as train_command
 from tic_megatron.commands.engine_layout import check_engine_devices, check_engine_memory, core_warnings
 from tic_megatron.commands.model_files import count_parameters
-from tic_megatron.commands.preflight import check_cluster, preflight
-from tic_megatron.commands.run_folder import begin_state, check_run_folder, find_checkpoint, record_changes
+from tic_megatron.commands.preflight import preflight
+from tic_megatron.commands.run_folder import begin_state
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.rollouts import write_rollout
-from tic_megatron.preemption import taking_signals
 
 
 @pytest.fixture(scope="module")
@@ -603,99 +599,6 @@ def test_told_to_leave_during_the_checks(workspace, monkeypatch, number):
         signal.signal(number, before)
     assert end.value.code == 0
     assert (workspace.root / "run" / "requeue").read_text() == f"left at {number.name} after step 0\n"
-
-
-def test_no_marker_can_be_left(workspace, capfd):
-    """What the checks are at must not take the error for its own."""
-
-    def leave_in_vain(number):
-        raise OSError("no room")
-
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(OSError), taking_signals(leave_in_vain):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(77)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
-    (workspace.root / "file").touch()
-    settings = Settings()
-    settings.run.dir = str(workspace.root / "file" / "run")
-    assert train_command._leave(settings, signal.SIGTERM, "the same command continues") == 1
-    assert "without a marker: Not a directory" in capfd.readouterr().err
-
-
-def test_whoever_read_the_output_is_gone(monkeypatch, tmp_path):
-    """`| tee log`, say, which the same signal has ended."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    broken = os.fdopen(writer, "w")
-    monkeypatch.setattr("sys.stderr", broken)
-
-    def fail():
-        raise ConnectionError("gone")
-
-    assert driver.drive(fail, tmp_path, what="run", interrupted=str) == 1
-    with contextlib.suppress(OSError):
-        broken.close()
-
-
-def test_files_of_the_users_may_move(workspace):
-    """Of programs the checkpoints have the hashes; what another one of that name would say is in tests/bad_input."""
-    moved_reward(workspace)
-    settings = settings_of(*workspace.base[1:], *MOVED_REWARD).resolve()
-    check_run_folder(settings)
-    assert find_checkpoint(settings)[1].step == 2
-    registered = settings_of(*workspace.base[1:], "--reward.function=f").resolve()
-    with pytest.raises(SettingsError, match=r"reward\.function \(.*a/r\.py:f there, f here\)"):  # another one of that name
-        check_run_folder(registered)
-    settings.reward.function = settings.reward.function.replace(":f", ":g")
-    with pytest.raises(SettingsError, match=r"reward\.function \(.*a/r\.py:f there, .*b/r\.py:g here\)"):
-        check_run_folder(settings)
-
-
-def test_no_cluster_is_running(monkeypatch):
-    def nothing(address):
-        raise ConnectionError
-
-    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", nothing)
-    with pytest.raises(SettingsError, match=r"cluster\.address is auto, but no Ray cluster runs on this machine"):
-        check_cluster("auto")
-    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda address: None)  # RAY_ADDRESS=local
-    with pytest.raises(SettingsError, match=r"RAY_ADDRESS names none"):
-        check_cluster("auto")
-
-
-def test_changes_are_recorded_in_another_folder_too(workspace):
-    make_run(workspace)
-    flags = ["--run.dir=other", f"--run.resume={STEP_2}", "--actor.learning_rate=0.1"]
-    settings = settings_of(*workspace.base[1:], *flags).resolve()
-    Path(settings.run.dir).mkdir()
-    assert "actor.learning_rate 0.1" in record_changes(settings, workspace.root / STEP_2)
-    (line,) = (workspace.root / "other" / "changes.jsonl").read_text().splitlines()
-    assert set(json.loads(line)["changes"]) == {"actor.learning_rate"}
-
-
-def test_what_continues(tmp_path):
-    """Once there is a checkpoint of this run, `run.resume` would go back behind it."""
-    settings, other = Settings(), tmp_path / "other" / "step_4"
-    settings.run.dir = str(tmp_path / "run")
-    other.mkdir(parents=True)
-    (other / "state.json").write_text('{"step": 4}')
-    for resume, own, without in [
-        ("auto", 0, False),
-        ("auto", 6, False),
-        ("never", 0, True),
-        (str(other), 0, False),
-        (str(other), 3, False),
-        (str(other), 4, True),
-        (str(other), 6, True),
-        (str(tmp_path / "run" / "checkpoints" / "step_4"), 6, True),  # which has been removed since
-    ]:
-        settings.run.resume = resume
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        if own:
-            (tmp_path / "run" / "checkpoints" / f"step_{own}").mkdir(parents=True)
-        assert ("without --run.resume" in train_command._what_continues(settings)) == without, (resume, own)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from tic_megatron.config import CHAT_TEMPLATES, GRADING_ONLY, RewardSettings, Se
 from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
 from tic_megatron.preemption import MARKER
+from tic_megatron.rewards.user_functions import digest_files
 
 CHANGES_FILE = "changes.jsonl"
 OF_THIS_START = {"run.name", "run.dir", "run.resume", "run.allow_change", "run.max_restarts"}
@@ -105,13 +105,13 @@ def digest_programs(settings: Settings) -> dict[str, str]:
 
 
 def digest_reward(reward: RewardSettings) -> str:
-    """SHA-256 of the files whose functions are terms of the reward, joined by `+`; empty where there are none."""
+    """Of the files whose functions are terms of the reward, as they are now (`digest_files`)."""
     return _digest([term.function[0] for term in reward.terms if term.function])
 
 
 def _digest(files: list[str]) -> str:
     try:
-        return "+".join(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
+        return digest_files(Path(file).read_bytes() for file in files)
     except OSError:
         return ""  # who runs it says so
 

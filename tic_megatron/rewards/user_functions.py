@@ -8,10 +8,11 @@ been changed: one run has one reward.
 from __future__ import annotations
 
 import ast
+import hashlib
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def read_program(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"reward.function: {path} cannot be read ({error.strerror}); give a Python file") from error
+
+
+def digest_files(programs: Iterable[bytes]) -> str:
+    """SHA-256 of each, joined by `+`; empty without any."""
+    return "+".join(hashlib.sha256(program).hexdigest() for program in programs)
 
 
 def user_reward(path: str, name: str, program: bytes) -> Reward:

@@ -9,7 +9,6 @@ which counts 0, and is told in a line that names its prompt.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import selectors
 import time
@@ -22,6 +21,7 @@ from typing import Any
 from tic_megatron.config import RewardSettings, SettingsError
 from tic_megatron.rewards.registry import InvalidRewardError, describe
 from tic_megatron.rewards.terms import Term, read_terms
+from tic_megatron.rewards.user_functions import digest_files
 from tic_megatron.rewards.worker_process import Worker
 from tic_megatron.trajectory import Group, Trajectory
 
@@ -116,8 +116,8 @@ class RewardWorkers:
 
     @property
     def program_digest(self) -> str:
-        """SHA-256 of the files whose functions are terms, as they were read, joined by `+`; empty where there are none."""
-        return "+".join(hashlib.sha256(term.program).hexdigest() for term in self._terms if term.program is not None)
+        """Of the files whose functions are terms, as they were read (`digest_files`)."""
+        return digest_files(term.program for term in self._terms if term.program is not None)
 
     def grade_groups(self, groups: Sequence[Group]) -> GradeReport:
         """Set `reward` of every trajectory of the groups, and `token_rewards` when the reward is dense."""

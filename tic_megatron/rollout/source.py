@@ -111,6 +111,7 @@ class SampledRollouts:
             return
         seed = stable_seed(self.settings.run.seed, step, *([refill] if refill else []))
         self._under_way = _UnderWay(lambda grader: self._sample(prompts, seed, grader), BackgroundGrader(self.rewards))
+        self._under_way.start()
 
     def wait(self, actors, version: int) -> None:
         """Until the responses, and their rewards, are there. Raises what went wrong."""
@@ -292,6 +293,9 @@ class _UnderWay:
         self._somebody_waits = threading.Event()
         self._lent = threading.Lock()  # held by the thread while it uses the actors
         self._ended = threading.Event()  # a `join` that a signal interrupts takes the thread for ended ever after (Python 3.11)
+
+    def start(self) -> None:
+        """Begin, when whoever looks for what is under way finds this."""
         threading.Thread(target=self._work, name="rollout", daemon=True).start()
 
     @property
