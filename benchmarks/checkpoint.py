@@ -33,7 +33,7 @@ from benchmarks.weight_sync import make_model
 
 def actor(model: Path) -> Any:
     """The one rank's backend."""
-    import socket
+    from torch.distributed import HashStore
 
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.config import Settings
@@ -43,10 +43,7 @@ def actor(model: Path) -> Any:
     settings.rollout.max_prompt_tokens = settings.rollout.max_response_tokens = 128
     settings.actor.max_tokens_per_microbatch = 1024
     settings.algorithm.objective = "tic_grpo"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{s.getsockname()[1]}"
-    device = runtime.initialize(0, 1, master, settings.actor, seed=0, timeout_s=600)
+    device = runtime.initialize(0, 1, HashStore(), settings.actor, seed=0, timeout_s=600)
     from tic_megatron.actors.megatron.backend import MegatronBackend
 
     return MegatronBackend(settings, str(model), device)

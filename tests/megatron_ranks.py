@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch.distributed import Store
 
 from tests.rollouts import random_rollout
 from tic_megatron.config import AlgorithmSettings, Settings
@@ -32,7 +33,7 @@ def rollout(vocab: int, *, dense: bool = False):
     return random_rollout(seed=3, n_prompts=10, group_size=3, vocab=vocab, dense=dense)
 
 
-def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> list[dict]:
+def two_updates(rank: int, world_size: int, store: Store, cases: list[dict]) -> list[dict]:
     """For each case: two updates on a rollout of two mini-batches. Returns, per case, this rank's view: statistics of each
     update and, of the second (where the ratio is in use), the gradient's slices under Hugging Face names."""
     from tic_megatron.actors.megatron import runtime
@@ -44,7 +45,7 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
         model, dense = case.pop("model"), case.pop("dense", False)
         settings = layout_settings(world_size, **case)
         if i == 0:
-            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+            device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
         else:
             runtime.arrange(settings.actor, seed=0)
         settings.reward.function = "exact_dense" if dense else "exact"
@@ -69,7 +70,7 @@ def two_updates(rank: int, world_size: int, master: str, cases: list[dict]) -> l
     return results
 
 
-def nothing_to_learn(rank: int, world_size: int, master: str, model: str, layouts: list[dict]) -> list:
+def nothing_to_learn(rank: int, world_size: int, store: Store, model: str, layouts: list[dict]) -> list:
     """Two updates on groups of equal rewards, for each layout: every micro-batch is empty. This rank's statistics."""
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
@@ -79,7 +80,7 @@ def nothing_to_learn(rank: int, world_size: int, master: str, model: str, layout
     for i, layout in enumerate(layouts):
         settings = layout_settings(world_size, objective="tic_grpo", distributed=True, **layout)
         if i == 0:
-            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+            device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
         else:
             runtime.arrange(settings.actor, seed=0)
         backend = MegatronBackend(settings, model, device)
@@ -96,14 +97,14 @@ def nothing_to_learn(rank: int, world_size: int, master: str, model: str, layout
     return results
 
 
-def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[float]:
+def repacked_noise(rank: int, world_size: int, store: Store, model: str) -> list[float]:
     """max |L| at theta_old with the packing kept, and with another packing between the two passes."""
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep, pack_inputs
 
     settings = layout_settings(world_size, objective="tic_grpo")
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, model, device)
     groups = rollout(backend.hf.vocab_size)
     step = PolicyStep(backend, settings)
@@ -123,7 +124,7 @@ def repacked_noise(rank: int, world_size: int, master: str, model: str) -> list[
     return [kept, step.update(0).noise]
 
 
-def logits(rank: int, world_size: int, master: str, models: list[str], token_ids: list[int]) -> list[torch.Tensor]:
+def logits(rank: int, world_size: int, store: Store, models: list[str], token_ids: list[int]) -> list[torch.Tensor]:
     """Full logits [tokens, vocab] of one sequence, from each model directory."""
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -132,7 +133,7 @@ def logits(rank: int, world_size: int, master: str, models: list[str], token_ids
     from tic_megatron.actors.megatron.backend import MegatronBackend
 
     settings = layout_settings(world_size, objective="tic_grpo")
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     n = len(token_ids)
     ids = torch.tensor([token_ids], device=device)
     starts = torch.tensor([0, n], dtype=torch.int32, device=device)
@@ -146,14 +147,14 @@ def logits(rank: int, world_size: int, master: str, models: list[str], token_ids
     return outputs
 
 
-def parameters_seen(rank: int, world_size: int, master: str, model: str, precision: str) -> dict:
+def parameters_seen(rank: int, world_size: int, store: Store, model: str, precision: str) -> dict:
     """Under `no_is`: the parameters that each of four gradients is evaluated at, and those before and after all updates."""
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
 
     settings = layout_settings(world_size, objective="no_is", distributed=True, precision=precision)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, model, device)
     step = PolicyStep(backend, settings)
     step.load(pack_rollout(rollout(backend.hf.vocab_size)[:8], 4, Packing(1, 300))[0])
@@ -186,7 +187,7 @@ def _poison_embedding(backend, value: float) -> list:
     return []
 
 
-def bad_updates(rank: int, world_size: int, master: str, model: str, layouts: list[dict]) -> list[dict]:
+def bad_updates(rank: int, world_size: int, store: Store, model: str, layouts: list[dict]) -> list[dict]:
     """For each layout: an update that meets log-probs which are not finite, for the first trajectories of the micro-batches;
     one that meets a gradient which is not, in rank 0's shard only; and a good one. This rank's view of each."""
     from tic_megatron.actors.megatron import runtime
@@ -198,7 +199,7 @@ def bad_updates(rank: int, world_size: int, master: str, model: str, layouts: li
         value, loss_scale = layout.pop("value"), layout.pop("loss_scale", None)
         settings = layout_settings(world_size, objective="tic_grpo", **layout)
         if i == 0:
-            device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+            device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
         else:
             runtime.arrange(settings.actor, seed=0)
         backend = MegatronBackend(settings, model, device)
@@ -237,7 +238,7 @@ def bad_updates(rank: int, world_size: int, master: str, model: str, layouts: li
     return results
 
 
-def export_memory(rank: int, world_size: int, master: str, model: str, max_bytes: int, **layout) -> dict:
+def export_memory(rank: int, world_size: int, store: Store, model: str, max_bytes: int, **layout) -> dict:
     """Bytes by which this process has grown at most while it sent its weights, the buckets' sizes, and whether it was first."""
     import gc
 
@@ -247,7 +248,7 @@ def export_memory(rank: int, world_size: int, master: str, model: str, max_bytes
     from tic_megatron.weights.plan import ExportLayout
 
     settings = layout_settings(world_size, objective="tic_grpo", **layout)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, model, device)
     export_layout = ExportLayout.of(settings, backend.hf)
     exporter = WeightExporter(backend.weights, export_layout, backend.config.params_dtype, device, max_bytes, "shared_memory")

@@ -3,7 +3,7 @@
     with RankPool() as pool:
         pool.run("tests.megatron_ranks:two_updates", world_size=2, timeout_s=120, cases=[...])  # -> [result of rank 0, of rank 1]
 
-The function is called as `function(rank, world_size, master, **kwargs)`, in a process of its own. When time runs out, or a rank
+The function is called as `function(rank, world_size, store, **kwargs)`, in a process of its own. When time runs out, or a rank
 fails, every rank's stacks and output are shown, and the processes are replaced.
 """
 
@@ -15,7 +15,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,12 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
 """A process of a new rank has so long to import what it needs and answer."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @dataclass
@@ -58,10 +51,12 @@ class RankPool:
         self.folder.cleanup()
 
     def run(self, function: str, *, world_size: int, timeout_s: float, **kwargs) -> list:
+        from tic_megatron.actors.megatron.runtime import open_store
+
         self._grow(world_size)
-        master, ranks = f"127.0.0.1:{free_port()}", self.ranks[:world_size]
+        store, ranks = open_store("127.0.0.1", timeout_s), self.ranks[:world_size]
         for number, rank in enumerate(ranks):
-            rank.connection.send_bytes(pickle.dumps((function, number, world_size, master, kwargs)))
+            rank.connection.send_bytes(pickle.dumps((function, number, world_size, f"127.0.0.1:{store.port}", kwargs)))
         deadline = time.monotonic() + timeout_s
         results, failed = [], []
         for number, rank in enumerate(ranks):
@@ -139,10 +134,13 @@ def main(address: str) -> None:
             connection.send_bytes(pickle.dumps((False, f"the process ended with status {status}")))
 
 
-def _run(connection: Connection, function: str, rank: int, world_size: int, master: str, kwargs: dict) -> None:
+def _run(connection: Connection, function: str, rank: int, world_size: int, address: str, kwargs: dict) -> None:
+    from tic_megatron.actors.megatron.runtime import join_store
+
     try:
         module, name = function.split(":")
-        answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, master, **kwargs))
+        store = join_store(address, START_S)
+        answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, store, **kwargs))
     except BaseException:
         answer = (False, traceback.format_exc())
     # Not `send`: torch would pass tensors as handles of shared memory, which are gone with the process.

@@ -188,9 +188,9 @@ def test_prefix_ratio():
     assert found.tolist() == [0.5, 0.75, -0.25, 1e4, 2.0]
 
 
-def split_trajectories(rank: int, world_size: int, master: str) -> dict:
+def split_trajectories(rank: int, world_size: int, store: dist.Store) -> dict:
     """Every other token on the other rank: value and gradient of this rank's tokens for every preset."""
-    dist.init_process_group("gloo", init_method=f"tcp://{master}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     found = cross_rank_results(slice(rank, None, world_size), dist.group.WORLD)
     segments = Segments(torch.zeros(1, dtype=torch.long), torch.ones(1), dist.group.WORLD)
     with pytest.raises(ValueError, match="prefix"):

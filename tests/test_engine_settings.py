@@ -43,8 +43,10 @@ def test_stop_tokens_end_responses_and_longer_texts_fit(ray_cluster, tmp_path):
     engines = EngineGroup.start(settings, model_path=str(path), device="cpu", log_dir=tmp_path)
     draw = random.Random(0)
     prompts = [Prompt(f"p{i}", "", "", tuple(draw.randrange(3, 300) for _ in range(n))) for i, n in enumerate([5, 200, 30, 17])]
-    groups = engines.generate(prompts, group_size=24, temperature=1.0, top_p=1.0, max_tokens=24, seed=3)
-    engines.stop()
+    try:
+        groups = engines.generate(prompts, group_size=24, temperature=1.0, top_p=1.0, max_tokens=24, seed=3)
+    finally:
+        engines.stop()
     seen = set()
     for t in (t for group in groups for t in group.trajectories):
         seen.add(t.response_ids[-1])

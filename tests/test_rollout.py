@@ -197,9 +197,11 @@ def test_stop_leaves_no_process(engines):
 def test_tensor_parallel_engine(ray_cluster, model_dir, model, tmp_path):
     """TP 2: the same log-probs, and none of its processes stays."""
     group = start(model_dir, tmp_path, tp_size=2)
-    (pid,) = group.ready()
-    pids = family(pid)
-    assert len(pids) >= 3
-    assert largest_error(generate(group, make_prompts(4)), model, 1.0) < 1e-5
-    group.stop()
+    try:
+        (pid,) = group.ready()
+        pids = family(pid)
+        assert len(pids) >= 3
+        assert largest_error(generate(group, make_prompts(4)), model, 1.0) < 1e-5
+    finally:
+        group.stop()
     assert wait_until_gone(pids) == []

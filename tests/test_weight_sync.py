@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,32 +92,36 @@ def export(actors, model, directory):
     return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
 
+@contextmanager
+def started(group):
+    """Actors or engines, which are ended also when the test fails: they would take the processors from those that follow."""
+    try:
+        yield group
+    finally:
+        group.stop()
+
+
 def check_transfers(cluster, tmp_path, make_model, layouts, engine_tp):
     old, new = make_model(tmp_path / "old", seed=1), make_model(tmp_path / "new", seed=2)
     expected = load_file(new / "model.safetensors")
-    engine = start_engine(old, tmp_path / "receiver", engine_tp)
     fresh = None
-    for version, layout in enumerate(layouts, start=1):
-        straight = engine_tp == 2 and layout == "tp2"
-        actors = ActorGroup.start(settings_of(new, LAYOUTS[layout], engine_tp=engine_tp), cluster, log_dir=tmp_path)
-        actors.setup(str(new))
-        if fresh is None:
-            exported = export(actors, new, tmp_path / "exported")
-            fresh_engine = start_engine(tmp_path / "exported", tmp_path / "fresh", engine_tp)
-            fresh = fresh_engine.checksums()
-            fresh_engine.stop()
-        else:
-            exported = export(actors, new, tmp_path / layout)
-        assert exported.keys() == expected.keys()
-        assert all(exported[name].equal(tensor) for name, tensor in expected.items())
-        assert actors.begin_export().straight == straight
-        engine.pool.call("spoil")
-        assert engine.checksums() != fresh
-        send_weights(actors, engine, version=version, verify=True)
-        assert engine.weight_versions() == [version]
-        assert engine.checksums() == fresh, layout
-        actors.stop()
-    engine.stop()
+    with started(start_engine(old, tmp_path / "receiver", engine_tp)) as engine:
+        for version, layout in enumerate(layouts, start=1):
+            settings = settings_of(new, LAYOUTS[layout], engine_tp=engine_tp)
+            with started(ActorGroup.start(settings, cluster, log_dir=tmp_path)) as actors:
+                actors.setup(str(new))
+                exported = export(actors, new, tmp_path / layout)
+                if fresh is None:
+                    with started(start_engine(tmp_path / layout, tmp_path / "fresh", engine_tp)) as fresh_engine:
+                        fresh = fresh_engine.checksums()
+                assert exported.keys() == expected.keys()
+                assert all(exported[name].equal(tensor) for name, tensor in expected.items())
+                assert actors.begin_export().straight == (engine_tp == 2 and layout == "tp2")
+                engine.pool.call("spoil")
+                assert engine.checksums() != fresh
+                send_weights(actors, engine, version=version, verify=True)
+                assert engine.weight_versions() == [version]
+                assert engine.checksums() == fresh, layout
 
 
 @pytest.mark.slow
@@ -140,8 +145,12 @@ def test_weights_are_broadcast_to_engines_elsewhere(cluster, tmp_path):
     old, new = untied(tmp_path / "old", seed=1), untied(tmp_path / "new", seed=2)
     settings = settings_of(new, LAYOUTS["tp2-pp2"], colocate=False)
     settings.rollout.engines = 2
-    engines = EngineGroup.start(settings, model_path=str(old), device="cpu", log_dir=tmp_path, worker=SpoilableEngine)
-    actors = ActorGroup.start(settings, cluster, log_dir=tmp_path)
+    started_engines = EngineGroup.start(settings, model_path=str(old), device="cpu", log_dir=tmp_path, worker=SpoilableEngine)
+    with started(started_engines) as engines, started(ActorGroup.start(settings, cluster, log_dir=tmp_path)) as actors:
+        check_broadcasts(engines, actors, new, tmp_path)
+
+
+def check_broadcasts(engines, actors, new, tmp_path):
     actors.setup(str(new))
     for version in (1, 2):
         assert len(actors.begin_export().sources) == 2
@@ -172,8 +181,6 @@ def test_weights_are_broadcast_to_engines_elsewhere(cluster, tmp_path):
     engines.pool.wait_for_any(all_engines=True)
     send_weights(actors, engines, version=5, verify=True)
     assert list(engines.checksums().values()) == [first, first] and engines.weight_versions() == [5, 5]
-    engines.stop()
-    actors.stop()
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "pp": 2}], ids=["tp1", "tp2", "tp2-pp2"])

@@ -259,7 +259,10 @@ class Setup:
         self.engines = EngineGroup.start(settings, model_path=str(self.old), device="cpu", log_dir=folder)
         self.old_sender, self.new_sender = (Sender.remote(path) for path in (self.old, self.new))
 
-    def stop(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
         self.engines.stop()
         ray.get([self.old_sender.stop.remote(), self.new_sender.stop.remote()])
 
@@ -289,9 +292,8 @@ def mixture(directory, *, seed):
 
 @pytest.fixture(scope="module", params=[tied, untied], ids=["tied", "untied"])
 def setup(ray_cluster, request, tmp_path_factory):
-    setup = Setup(tmp_path_factory.mktemp("transfer"), request.param)
-    yield setup
-    setup.stop()
+    with Setup(tmp_path_factory.mktemp("transfer"), request.param) as setup:
+        yield setup
 
 
 def make_prompts():
@@ -388,27 +390,25 @@ def test_weights_come_by_broadcast_too(setup):
 
 @pytest.mark.slow  # three processes import vLLM, two of them after the first
 def test_tensor_parallel_engine_takes_the_weights(ray_cluster, tmp_path):
-    setup = Setup(tmp_path, untied, tp_size=2)
-    check_updates(setup)
-    # The death of a rank, in a transfer too, is that of the engine: it is replaced, or the driver starts again.
-    (engine,) = setup.engines.pool.engines
-    actor = engine.actor
-    ranks = [child for child in psutil.Process(engine.pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())]
-    assert len(ranks) == 2
-    ranks[1].kill()
-    setup.engines.pool.call("checksums")
-    assert engine.actor is not actor and setup.engines.pool.failures == 1
-    assert wait_until_gone([rank.pid for rank in ranks]) == []
-    setup.stop()
+    with Setup(tmp_path, untied, tp_size=2) as setup:
+        check_updates(setup)
+        # The death of a rank, in a transfer too, is that of the engine: it is replaced, or the driver starts again.
+        (engine,) = setup.engines.pool.engines
+        actor = engine.actor
+        ranks = [child for child in psutil.Process(engine.pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        setup.engines.pool.call("checksums")
+        assert engine.actor is not actor and setup.engines.pool.failures == 1
+        assert wait_until_gone([rank.pid for rank in ranks]) == []
 
 
 @pytest.mark.slow  # dense models come first
 def test_mixture_of_experts_takes_the_weights(ray_cluster, tmp_path):
-    setup = Setup(tmp_path, mixture)
-    before = logprobs(setup.engines)
-    send(setup.old_sender, setup.engines, version=0)
-    after = logprobs(setup.engines)
-    assert len(before) > 100 and before.keys() == after.keys()
-    assert max(abs(before[token] - after[token]) for token in before) < 1e-5, "an update with the same weights"
-    check_updates(setup)
-    setup.stop()
+    with Setup(tmp_path, mixture) as setup:
+        before = logprobs(setup.engines)
+        send(setup.old_sender, setup.engines, version=0)
+        after = logprobs(setup.engines)
+        assert len(before) > 100 and before.keys() == after.keys()
+        assert max(abs(before[token] - after[token]) for token in before) < 1e-5, "an update with the same weights"
+        check_updates(setup)

@@ -22,7 +22,7 @@ MOST_NAMED = 8
 FROM_OUTSIDE = {"OSError", "DistError", "AcceleratorError"}
 """Names, since torch is not imported here, of the exceptions for what breaks outside of the program."""
 PHASES = {
-    "start_": {"place", "free_address", "setup", "load_checkpoint", "ready"},
+    "start_": {"place", "open_store", "setup", "load_checkpoint", "ready"},
     "weight_sync_": {
         *("begin_export", "connect", "export_bucket", "deliver_bucket", "weight_digests"),
         *("start_weight_update", "update_weights", "finish_weight_update", "received_digests", "checksums"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch.distributed import Store
+
 from tests.layouts.cases import N_UPDATES, Layout, rollout, settings_of
 from tic_megatron.config import AlgorithmSettings
 
@@ -33,14 +35,14 @@ def make_mistake(step, name: str | None, layout: Layout) -> None:
     step.backend.update = wrong_update
 
 
-def second_updates(rank: int, world_size: int, master: str, layout: Layout, cases: list[dict]) -> list[dict]:
+def second_updates(rank: int, world_size: int, store: Store, layout: Layout, cases: list[dict]) -> list[dict]:
     """For each case (`paths`, `objectives`, `rollout`, `max_tokens`, `actor`): log-probs at theta_old, the first update (at
     learning rate 0), then theta is loaded, and the second update gives its gradient. Returns this rank's view, a list of
     dictionaries, one per case and objective."""
     from tic_megatron.actors.megatron import runtime
 
     first = settings_of(layout, "tic_grpo", max_tokens=cases[0]["max_tokens"])
-    device = runtime.initialize(rank, world_size, master, first.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, first.actor, seed=0, timeout_s=60)
     return [view for case in cases for view in _views(layout, device, **case)]
 
 
@@ -84,7 +86,7 @@ def slices(backend, what: str) -> dict:
     return found
 
 
-def adam_steps(rank: int, world_size: int, master: str, layout: Layout, paths: dict, max_tokens: int) -> dict:
+def adam_steps(rank: int, world_size: int, store: Store, layout: Layout, paths: dict, max_tokens: int) -> dict:
     """Parameters after one step of AdamW with the distributed optimizer, at rate 1 and with an epsilon of 1."""
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
@@ -93,7 +95,7 @@ def adam_steps(rank: int, world_size: int, master: str, layout: Layout, paths: d
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1.0, "adam_eps": 1.0, "router_replay": "off"}
     settings = settings_of(layout, "tic_grpo", max_tokens=max_tokens, **adam)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, paths["old"], device)
     step = PolicyStep(backend, settings)
     step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
@@ -103,7 +105,7 @@ def adam_steps(rank: int, world_size: int, master: str, layout: Layout, paths: d
     return slices(backend, "data")
 
 
-def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, max_bytes: int) -> dict:
+def exports(rank: int, world_size: int, store: Store, layout: Layout, path: str, folder: str, max_bytes: int) -> dict:
     """What this rank reads of a model, sends to engines, and writes: element counts, tensors by name, a file map, digests."""
     import torch.distributed as dist
 
@@ -114,7 +116,7 @@ def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, 
     from tic_megatron.weights.wire import Bucket, TensorAssembler
 
     settings = settings_of(layout, "tic_grpo", max_tokens=300)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     n_read, read = [], parameters._SafetensorsReader.read
     parameters._SafetensorsReader.read = lambda *args: (tensor := read(*args), n_read.append(tensor.numel()))[0]
     try:
@@ -142,7 +144,7 @@ def exports(rank: int, world_size: int, master: str, layout: Layout, path: str, 
     return {"read": sum(n_read), "held": n_held, "sent": sent, "files": written, "bytes": n_bytes, "digests": digests}
 
 
-def replay_noise(rank: int, world_size: int, master: str, path: str) -> dict[tuple[str, str], dict]:
+def replay_noise(rank: int, world_size: int, store: Store, path: str) -> dict[tuple[str, str], dict]:
     """{(precision, router replay): {"L": of each trajectory after all weights have moved, "noise": max |L| at theta_old}}; the
     weights are the same numbers in both precisions."""
     import torch
@@ -155,7 +157,7 @@ def replay_noise(rank: int, world_size: int, master: str, path: str) -> dict[tup
     found, device = {}, None
     for precision, replay in (("bf16", "off"), ("bf16", "on"), ("fp32", "off"), ("fp32", "on")):
         settings = settings_of(Layout(), "tic_grpo", max_tokens=300, precision=precision, router_replay=replay)
-        device = device or runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+        device = device or runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
         backend = MegatronBackend(settings, path, device)
         generator = torch.Generator().manual_seed(0)
 
@@ -175,7 +177,7 @@ def replay_noise(rank: int, world_size: int, master: str, path: str) -> dict[tup
     return found
 
 
-def out_of_memory(rank: int, world_size: int, master: str, path: str) -> str:
+def out_of_memory(rank: int, world_size: int, store: Store, path: str) -> str:
     """The message when the second micro-batch does not fit, and what that is."""
     import torch
 
@@ -185,7 +187,7 @@ def out_of_memory(rank: int, world_size: int, master: str, path: str) -> str:
     from tic_megatron.data.packing import Packing, pack_rollout
 
     settings = settings_of(Layout(), "tic_grpo", max_tokens=120)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, path, device)
     step = PolicyStep(backend, settings)
     step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[0])
@@ -205,7 +207,7 @@ def out_of_memory(rank: int, world_size: int, master: str, path: str) -> str:
     return ""
 
 
-def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, precision: str) -> dict:
+def parked(rank: int, world_size: int, store: Store, layout: Layout, path: str, precision: str) -> dict:
     """Two updates with AdamW, without and with all memory given up in between: bytes given up, parameters after both."""
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.actors.megatron.backend import MegatronBackend
@@ -214,7 +216,7 @@ def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, p
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "precision": precision}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **adam)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     found = {}
     for park in (False, True):
         backend = MegatronBackend(settings, path, device)
@@ -233,7 +235,7 @@ def parked(rank: int, world_size: int, master: str, layout: Layout, path: str, p
     return found
 
 
-def resumed(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str, options: dict) -> dict:
+def resumed(rank: int, world_size: int, store: Store, layout: Layout, path: str, folder: str, options: dict) -> dict:
     """Two updates, the second by the same backend and by a fresh one that reads a checkpoint made in between: the parameters
     after each, and the gradient norms."""
     import math
@@ -242,7 +244,7 @@ def resumed(rank: int, world_size: int, master: str, layout: Layout, path: str, 
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "grad_clip": 1.0}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **(adam | options))
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron import checkpoint
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
@@ -289,7 +291,7 @@ def finish(saving) -> None:
 
 
 def continued(
-    rank: int, world_size: int, master: str, layout: Layout, path: str, read: str | None, write: str, options: dict
+    rank: int, world_size: int, store: Store, layout: Layout, path: str, read: str | None, write: str, options: dict
 ) -> dict:
     """Two updates on a rollout, of a run that has made one update before and saved, or that has read (`read`) what another layout
     saved then, and saved it again: losses, gradient norms, and the parameters."""
@@ -297,7 +299,7 @@ def continued(
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "grad_clip": 1.0, "lr_warmup_updates": 3}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **(adam | options))
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron import checkpoint
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
@@ -326,7 +328,7 @@ def continued(
     }
 
 
-def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tuple]) -> list:
+def layers_by_megatron(rank: int, world_size: int, store: Store, splits: list[tuple]) -> list:
     """The layers of every part of every stage as Megatron-core counts them, for each (layers of the model, stages, parts of a
     stage, layers of the first, of the last stage)."""
     from transformers import Qwen3Config
@@ -334,7 +336,7 @@ def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tup
     from tic_megatron.actors.megatron import runtime
     from tic_megatron.config import ActorSettings
 
-    runtime.initialize(rank, world_size, master, ActorSettings(), seed=0, timeout_s=60)
+    runtime.initialize(rank, world_size, store, ActorSettings(), seed=0, timeout_s=60)
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -356,7 +358,7 @@ def layers_by_megatron(rank: int, world_size: int, master: str, splits: list[tup
 
 
 def with_options(
-    rank: int, world_size: int, master: str, layout: Layout, paths: dict, options: dict, bad_token: int | None = None
+    rank: int, world_size: int, store: Store, layout: Layout, paths: dict, options: dict, bad_token: int | None = None
 ) -> dict:
     """The second update of a rollout with settings of the algorithm, the reference policy's weights being the model `new`:
     statistics and gradient; with `bad_token`, after that token's embedding has become NaN."""
@@ -371,7 +373,7 @@ def with_options(
 
     settings = settings_of(layout, options["objective"], max_tokens=120)
     settings.algorithm = AlgorithmSettings(**options, reference_path=paths["new"])
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, paths["old"], device)
     step = PolicyStep(backend, settings)
     step.load(pack_rollout(rollout("many"), N_UPDATES, Packing.of(settings))[backend.data_parallel_rank])
@@ -401,7 +403,7 @@ def with_options(
     }
 
 
-def overtaken(rank: int, world_size: int, master: str, layout: Layout, path: str, folders: list[str], options: dict) -> dict:
+def overtaken(rank: int, world_size: int, store: Store, layout: Layout, path: str, folders: list[str], options: dict) -> dict:
     """Two checkpoints of the same state: one is written at once, of the other the writing begins when training has gone on and
     all that it changes has been spoilt. Then what the second one restores. Returns whether that is the state, bit by bit."""
     import threading
@@ -412,7 +414,7 @@ def overtaken(rank: int, world_size: int, master: str, layout: Layout, path: str
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3, "grad_clip": 1.0}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **(adam | options))
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron import checkpoint
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
@@ -450,7 +452,7 @@ def overtaken(rank: int, world_size: int, master: str, layout: Layout, path: str
     return {"same": all(same), "n": len(same), "updates": (backend.updates_done, backend.updates_applied)}
 
 
-def failing_disk(rank: int, world_size: int, master: str, layout: Layout, path: str, folder: str) -> dict:
+def failing_disk(rank: int, world_size: int, store: Store, layout: Layout, path: str, folder: str) -> dict:
     """What a rank says of a limit on the size of files, of a full disk and of a folder that is not there, on rank 1 only; and of
     a good disk after that, in between two updates."""
     import resource
@@ -461,7 +463,7 @@ def failing_disk(rank: int, world_size: int, master: str, layout: Layout, path: 
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-3}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **adam)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron import checkpoint
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.step import PolicyStep
@@ -495,14 +497,14 @@ def failing_disk(rank: int, world_size: int, master: str, layout: Layout, path: 
 
 
 def exported(
-    rank: int, world_size: int, master: str, layout: Layout, path: str, actors: str, hf: str, precision: str
+    rank: int, world_size: int, store: Store, layout: Layout, path: str, actors: str, hf: str, precision: str
 ) -> dict[str, str]:
     """After an update: a checkpoint, and what a run exports of the same state; this rank's part of the file map."""
     from tic_megatron.actors.megatron import runtime
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "learning_rate": 1e-2, "precision": precision}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **adam)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron.backend import MegatronBackend
     from tic_megatron.actors.megatron.export import WeightExporter
     from tic_megatron.actors.step import PolicyStep
@@ -521,7 +523,7 @@ def exported(
     return exporter.save(Path(hf))
 
 
-def command(rank: int, world_size: int, master: str, arguments: list[str]) -> tuple[int, str, str]:
+def command(rank: int, world_size: int, store: Store, arguments: list[str]) -> tuple[int, str, str]:
     """A `tic-megatron` command line: exit code and output."""
     import contextlib
     import io
@@ -533,7 +535,7 @@ def command(rank: int, world_size: int, master: str, arguments: list[str]) -> tu
     return code, out.getvalue(), err.getvalue()
 
 
-def loss_scales(rank: int, world_size: int, master: str, layout: Layout, path: str) -> list[list[float]]:
+def loss_scales(rank: int, world_size: int, store: Store, layout: Layout, path: str) -> list[list[float]]:
     """fp16: the scale of every optimizer after each of three updates that overflow in an expert's gradient on the last rank."""
     import math
 
@@ -544,7 +546,7 @@ def loss_scales(rank: int, world_size: int, master: str, layout: Layout, path: s
 
     adam = {"optimizer": "adamw", "distributed_optimizer": True, "precision": "fp16"}
     settings = settings_of(layout, "tic_grpo", max_tokens=300, **adam)
-    device = runtime.initialize(rank, world_size, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
     backend = MegatronBackend(settings, path, device)
     step = PolicyStep(backend, settings)
     step.load(pack_rollout(rollout("many"), 3, Packing.of(settings))[backend.data_parallel_rank])

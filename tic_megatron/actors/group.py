@@ -91,9 +91,9 @@ class ActorGroup:
     def setup(self, model_path: str) -> None:
         """Load the model. Engines that share the GPUs must have started, and sleep."""
         size = len(self.pool.workers)
-        master = self.pool.call_each("free_address", [()])[0]
+        address = self.pool.call_each("open_store", [()])[0]
         self.data_parallel_ranks: list[int] = self.pool.call_each(
-            "setup", [(rank, size, master, model_path) for rank in range(size)]
+            "setup", [(rank, size, address, model_path) for rank in range(size)]
         )
 
     def load_rollout(self, shards: list[list[MiniBatch]], step: int) -> None:

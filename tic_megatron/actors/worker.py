@@ -48,24 +48,25 @@ class ActorWorker(Worker):
         node = ray.get_runtime_context().get_node_id()
         return Place(ray.util.get_node_ip_address(), node, [int(i) for i in ray.get_gpu_ids()])
 
-    def free_address(self) -> str:
-        """`host:port` for the process group, when this becomes rank 0."""
-        import socket
-
+    def open_store(self) -> str:
+        """On the rank to be 0: open the store by which the ranks find each other; its `host:port`."""
         import ray
 
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+        from tic_megatron.actors.megatron import runtime
 
-    def setup(self, rank: int, world_size: int, master: str, model_path: str) -> int:
+        host = ray.util.get_node_ip_address()
+        self.store = runtime.open_store(host, self.settings.cluster.start_timeout_s)
+        return f"{host}:{self.store.port}"
+
+    def setup(self, rank: int, world_size: int, address: str, model_path: str) -> int:
         """Join the process groups and load this rank's slices of the model. Returns the data-parallel rank."""
         from tic_megatron.actors.megatron import runtime
 
         settings = self.settings
         random.seed(settings.run.seed)
+        store = self.store if rank == 0 else runtime.join_store(address, settings.cluster.start_timeout_s)
         device = runtime.initialize(
-            rank, world_size, master, settings.actor, seed=settings.run.seed, timeout_s=settings.cluster.timeout_s
+            rank, world_size, store, settings.actor, seed=settings.run.seed, timeout_s=settings.cluster.timeout_s
         )
         from tic_megatron.actors.megatron.backend import MegatronBackend
         from tic_megatron.actors.megatron.export import WeightExporter

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import sys
 import traceback
 import warnings
@@ -123,12 +122,11 @@ def _write_weights(actors: Path, out: Path, precision: str) -> int:
     """The weights as safetensors; the number of tensors."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the GPUs may be in use
     settings = Settings(actor=ActorSettings(precision=precision))
+    from torch.distributed import HashStore
+
     from tic_megatron.actors.megatron import runtime
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{s.getsockname()[1]}"
-    device = runtime.initialize(0, 1, master, settings.actor, seed=0, timeout_s=60)
+    device = runtime.initialize(0, 1, HashStore(), settings.actor, seed=0, timeout_s=60)
     from tic_megatron.actors.megatron.checkpoint import export_hf
 
     return export_hf(settings, device, actors, out)

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 CPU_BLOCK_TOKENS = 32
 """KV-cache block on a CPU: the smallest that vLLM's kernel takes, so that a group shares its prompt's prefill early."""
 
+FIRST_PORT, N_PORTS = 20_000, 12_000
+"""Where engines look for free ports: above those of Ray's workers, below those that Linux gives away (from 32768 on)."""
+
 SHORTEST_CALL_S, LONGEST_CALL_S = 0.05, 0.5
 """Seconds between two reports of an engine that works: the news may wait for the first, the driver's watch for the second."""
 
@@ -232,6 +235,9 @@ def _environment(options: EngineOptions) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core lives in this process, beside its Ray actor
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        # vLLM looks for a free port and takes it a while later; of those given to whoever asks for any, another process may have
+        # taken it by then.
+        "VLLM_PORT": os.environ.get("VLLM_PORT", str(FIRST_PORT + os.getpid() % N_PORTS)),
     }
     if options.device == "cpu":
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(options.threads)}

@@ -13,12 +13,28 @@ from tic_megatron.actors.megatron import cpu
 from tic_megatron.config import ActorSettings
 
 
-def initialize(rank: int, world_size: int, master: str, settings: ActorSettings, *, seed: int, timeout_s: float) -> torch.device:
+def open_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """The store by which ranks find each other, on a free port (`.port`) of this process, that of rank 0.
+
+    Rank 0 listens before anybody is told of the port: of one that is only looked up, another process may take possession.
+    """
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def join_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """The store that rank 0 has opened at `host:port`."""
+    host, port = address.rsplit(":", 1)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def initialize(
+    rank: int, world_size: int, store: dist.Store, settings: ActorSettings, *, seed: int, timeout_s: float
+) -> torch.device:
     """Join the job's process groups and make Megatron's.
 
     Args:
         rank, world_size: of this process among all actors. TP ranks are neighbours, then CP, then DP, then PP (Megatron's order).
-        master: `host:port` of rank 0.
+        store: common to all ranks; a `HashStore` does for one that is alone.
         settings: the layout.
         seed: of Megatron's random streams (nothing random happens in a Qwen3 forward pass; kept for checkpoints).
         timeout_s: seconds after which the driver gives a call up. On GPUs collectives give up a little earlier, so that NCCL's
@@ -33,10 +49,10 @@ def initialize(rank: int, world_size: int, master: str, settings: ActorSettings,
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
     else:
         cpu.install()
-    host, port = master.rsplit(":", 1)
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     timeout = datetime.timedelta(seconds=0.9 * timeout_s if use_cuda else timeout_s)
-    dist.init_process_group("nccl" if use_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout)
+    backend = "nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     arrange(settings, seed=seed, timeout=timeout)
     return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
 
