@@ -90,6 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens = 64, arguments.longest
     prompts = make_prompts(arguments.prompts)
     rounds: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     with tempfile.TemporaryDirectory() as folder, RewardWorkers(RewardSettings()) as rewards:
         model = make_model(Path(folder) / "model")

@@ -1,8 +1,10 @@
-"""Shared by all tests: one thread per process, before torch is imported; and one pool of ranks."""
+"""Shared by all tests: settings of torch and Ray, before these are imported; and one pool of ranks."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As `start_cluster` has it. Otherwise the workers of a test's own Ray starve beside those of a test that runs at the same time.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 
