@@ -12,7 +12,7 @@ from tic_megatron import cluster as places
 from tic_megatron.actors.group import ActorGroup
 from tic_megatron.actors.worker import Place
 from tic_megatron.cluster import start_cluster
-from tic_megatron.commands.preflight import check_cluster
+from tic_megatron.commands.machine import check_cluster
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.remote import WorkerError
 

@@ -107,8 +107,8 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def _token_counter(model: str) -> TokenCounter:
     """Counts with the tokenizer and chat template of a model, as training does."""
     from tic_megatron.commands.model_files import locate_model
-    from tic_megatron.commands.preflight import load_tokenizer_and_config
     from tic_megatron.commands.remote_code import check_remote_code
+    from tic_megatron.commands.tokenizer_files import load_tokenizer_and_config
     from tic_megatron.data.prompts import Problem, tokenize_problems
 
     directory = locate_model(model)

@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from tic_megatron.commands.engine_layout import check_engine_layout
+from tic_megatron.commands.machine import check_cluster, check_engines
 from tic_megatron.commands.model_files import check_tensors, check_weights, locate_model, read_config, size
-from tic_megatron.commands.preflight import check_cluster, check_engines, load_tokenizer_and_config, longest_prompt
+from tic_megatron.commands.preflight import longest_prompt
 from tic_megatron.commands.remote_code import check_remote_code
 from tic_megatron.commands.run_folder import digest_reward
+from tic_megatron.commands.tokenizer_files import load_tokenizer_and_config
 from tic_megatron.config import RewardSettings, Settings, SettingsError
 from tic_megatron.config_evaluate import EvaluateSettings, changed
 from tic_megatron.data.prompts import Problem, tokenize_problems

@@ -5,37 +5,26 @@ The quick checks come first; torch and transformers, which take seconds to impor
 
 from __future__ import annotations
 
-import os
-import re
-import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tic_megatron.checkpoints import MODEL_FOLDER
 from tic_megatron.commands.engine_layout import (
-    check_cache_memory,
-    check_engine_devices,
     check_engine_layout,
-    check_engine_memory,
-    core_warnings,
 )
+from tic_megatron.commands.machine import check_cluster, check_engines, choose_device, cpu_warnings
 from tic_megatron.commands.model_files import (
     check_layout,
     check_tensors,
-    check_token_ids,
     check_weights,
-    count_parameters,
     locate_model,
     read_config,
-    read_json,
 )
 from tic_megatron.commands.remote_code import check_remote_code
 from tic_megatron.commands.run_folder import check_run_folder, find_checkpoint
-from tic_megatron.config import CHAT_TEMPLATES, ModelSettings, Settings, SettingsError
-from tic_megatron.config_checks import check_profile, shorten
-from tic_megatron.data.chat_template import set_chat_template
+from tic_megatron.commands.tokenizer_files import check_same_model, load_tokenizer_and_config
+from tic_megatron.config import Settings, SettingsError
+from tic_megatron.config_checks import check_profile
 from tic_megatron.data.packing import Packing
 from tic_megatron.data.problem_text import exact_key, strip_template
 from tic_megatron.data.prompts import Problem, PromptCursor, read_problems, tokenize_problems
@@ -50,10 +39,6 @@ from tic_megatron.trajectory import Group, Prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-OF_THE_FILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-"""Entries of a configuration that say nothing about the model."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -102,9 +87,9 @@ def preflight(settings: Settings) -> TrainInputs:
     _check_objective(settings)
     checkpoint, state, damaged = find_checkpoint(settings)
     _check_replay(settings, first_step=state.step + 1, vocabulary=config["vocab_size"])
-    _choose_device(settings)
+    choose_device(settings)
     tokenizer, hf_config = load_tokenizer_and_config(directory, settings.model)
-    _check_same_model(checkpoint, hf_config, directory, trusted=settings.model.trust_remote_code)
+    check_same_model(checkpoint, hf_config, directory, trusted=settings.model.trust_remote_code)
     check_cluster(settings.cluster.address)
     check_engines(settings, hf_config, directory)
     check_tensors(hf_config, directory)
@@ -114,7 +99,7 @@ def preflight(settings: Settings) -> TrainInputs:
         for grader in (settings.reward, *(grader_settings(benchmark, settings.reward) for benchmark, _ in benchmarks)):
             check_rewards(grader)
     held_out = {"data.eval": eval_problems} | {f"eval.benchmarks: {b.name}": problems for b, problems in benchmarks}
-    warnings = [*_core_warnings(settings), *_schedule_warnings(settings), *_overlap_warnings(train_problems, held_out)]
+    warnings = [*cpu_warnings(settings), *_schedule_warnings(settings), *_overlap_warnings(train_problems, held_out)]
     inputs = TrainInputs(
         model_dir=directory,
         hf_config=hf_config,
@@ -230,106 +215,11 @@ def _check_enough(count: int, settings: Settings, remark: str) -> None:
         )
 
 
-def _check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig, directory: Path, *, trusted: bool) -> None:
-    """Refuse to continue a checkpoint with a model of another configuration; its path may be another one."""
-    if checkpoint is None or not (checkpoint / MODEL_FOLDER / "config.json").exists():
-        return
-    there = hf_config.__class__.from_pretrained(checkpoint / MODEL_FOLDER).to_dict()
-    here = hf_config.to_dict()
-    changed = [key for key in sorted({*there, *here} - OF_THE_FILE) if there.get(key) != here.get(key)]
-    if changed:
-        shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in changed[:3])
-        raise SettingsError(
-            f"model.path: the configuration is not that of the model of {checkpoint}: it differs in {shown}; give the model that "
-            "the run began with, or another --run.dir"
-        )
-    ends = {place: _end_tokens(place, trusted=trusted) for place in (checkpoint / MODEL_FOLDER, directory)}
-    if len({*ends.values()}) > 1:
-        listed = ", ".join(f"{end} in {place}" for place, end in ends.items())
-        raise SettingsError(
-            f"model.path: responses would end elsewhere than those of {checkpoint}: the end tokens are {listed} "
-            "(generation_config.json and the tokenizer); give the model that the run began with, or another --run.dir"
-        )
-
-
-def _end_tokens(directory: Path, *, trusted: bool) -> tuple[int | None, ...]:
-    """What vLLM ends a response at: the tokenizer's token, and those of the generation's configuration."""
-    from transformers import AutoTokenizer
-
-    path = directory / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else None
-    try:
-        own = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted).eos_token_id
-    except Exception as error:  # transformers lets all kinds through
-        raise SettingsError(
-            f"run.resume: the tokenizer in {directory} cannot be loaded ({_reason(error)}), so that nobody knows where responses "
-            "ended; give another checkpoint"
-        ) from error
-    return (own, *sorted({*(ids if isinstance(ids, list) else [] if ids is None else [ids])} - {own}))
-
-
 def _set_steps(settings: Settings, n_problems: int) -> None:
     """`trainer.steps` of the `trainer.epochs`, if they are given: the problems that are left over make no step."""
     trainer = settings.trainer
     if trainer.epochs is not None:
         trainer.steps = n_problems * trainer.epochs // trainer.prompts_per_step
-
-
-def _choose_device(settings: Settings) -> None:
-    import torch
-
-    cluster = settings.cluster
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cluster.device == "auto":
-        cluster.device = "cuda" if gpus else "cpu"
-    if cluster.device == "cpu":
-        return
-    if settings.rollout.steps_ahead and cluster.colocate:
-        raise SettingsError(
-            "rollout.steps_ahead is 1, but cluster.colocate has the engines share the actors' GPUs, where they sleep while the "
-            "actors train; give 0, or engines with GPUs of their own"
-        )
-    if cluster.address is None and not gpus:  # a running cluster's nodes may differ from this machine
-        raise SettingsError("cluster.device is cuda, but this machine has no GPU that torch can use; give cpu or auto")
-    if cluster.address is None and cluster.nodes > 1:
-        raise SettingsError(
-            f"cluster.nodes is {cluster.nodes}, but without cluster.address the run has this machine only; start Ray on the "
-            "nodes and give its address, or give 1"
-        )
-    if cluster.address is None and gpus < cluster.gpus_per_node:
-        raise SettingsError(f"cluster.gpus_per_node is {cluster.gpus_per_node}, but this machine has {gpus} GPUs; lower it")
-    if settings.rollout.replay is None:
-        check_engine_devices(settings, gpus)
-
-
-def check_cluster(address: str | None) -> None:
-    """Refuse an address where nothing answers; joining it would hang, and then fail."""
-    if address is None:
-        return
-    if address == "auto":
-        address = _running_cluster()
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that cannot be one of a machine
-        reason = getattr(error, "strerror", None) or "no answer"
-        raise SettingsError(
-            f"cluster.address: there is no Ray cluster at {address} ({reason}); start one with `ray start --head`, or correct it"
-        ) from error
-
-
-def _running_cluster() -> str:
-    """What Ray takes `auto` for."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    with suppress(ConnectionError, ValueError):  # the second of a RAY_ADDRESS that is none
-        address = canonicalize_bootstrap_address("auto")
-        if address is not None:
-            return address
-    raise SettingsError(
-        "cluster.address is auto, but no Ray cluster runs on this machine (and RAY_ADDRESS names none); start one with "
-        "`ray start --head`, or leave it out"
-    )
 
 
 def _check_reference(settings: Settings, hf_config: PretrainedConfig) -> None:
@@ -345,108 +235,6 @@ def _check_reference(settings: Settings, hf_config: PretrainedConfig) -> None:
         check_tensors(hf_config, Path(path))
     except SettingsError as error:
         raise SettingsError(str(error).replace("model.path", setting, 1)) from error
-
-
-def _core_warnings(settings: Settings) -> list[str]:
-    if settings.cluster.device != "cpu" or settings.cluster.address is not None:
-        return []
-    return core_warnings(settings, len(os.sched_getaffinity(0)))
-
-
-def check_engines(settings: Settings, hf_config: PretrainedConfig, directory: Path) -> None:
-    """Memory, which vLLM would find too small when it has started, and kernels, which it would miss in the first rollout."""
-    if settings.rollout.replay is not None:
-        return
-    check_engine_memory(hf_config, count_parameters(directory), settings, _gpu_bytes(settings))
-    if settings.cluster.device == "cpu" and settings.cluster.address is None:
-        check_cache_memory(settings, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if settings.cluster.device == "cpu" and hf_config.head_dim % 32:
-        raise SettingsError(
-            f"model.path: {settings.model.path} has head_dim {hf_config.head_dim}, but vLLM's attention on CPUs needs a multiple "
-            "of 32; use a GPU, another model, or rollout.replay"
-        )
-
-
-def _gpu_bytes(settings: Settings) -> int | None:
-    import torch
-
-    known = settings.cluster.device == "cuda" and settings.cluster.address is None
-    return torch.cuda.get_device_properties(0).total_memory if known else None
-
-
-def load_tokenizer_and_config(directory: Path, model: ModelSettings) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Those of a model directory, the tokenizer with the chat template of the settings. SettingsError when they are of no use."""
-    trusted = model.trust_remote_code
-    if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        raise SettingsError(f"model.path: {directory} has no tokenizer (tokenizer.json); copy the model's tokenizer files there")
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (directory / name).exists():
-            content = read_json(directory / name)
-            if name == "generation_config.json":
-                check_token_ids(content, directory / name, read_config(directory)["vocab_size"])
-    for path in directory.glob("*.jinja"):
-        try:
-            path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"model.path: {path} is not UTF-8 text; download it again") from error
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
-    except Exception as error:  # transformers lets all kinds through
-        place = directory / "config.json"
-        raise SettingsError(f"model.path: transformers cannot use {place}: {_reason(error)}; download it again") from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
-    except BaseException as error:  # the tokenizers' library panics, with exceptions that are not of the common kind
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise SettingsError(
-            f"model.path: the tokenizer of {directory} cannot be loaded: {_reason(error)}; download tokenizer.json and "
-            "tokenizer_config.json again"
-        ) from error
-    set_chat_template(tokenizer, model)
-    _check_tokenizer(tokenizer, directory, config.vocab_size)
-    _check_template(tokenizer, directory, model)
-    return tokenizer, config
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of a library's message, or what it may mean when it is in the library's own terms."""
-    reason = str(error).strip().partition("\n")[0]
-    return (
-        shorten(reason)
-        if reason and not re.search(r"Error|Exception|NoneType|object|'str'|class", reason)
-        else "a value is wrong"
-    )
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, vocabulary: int) -> None:
-    if not tokenizer.chat_template:
-        raise SettingsError(
-            f"model.path: the tokenizer of {directory} has no chat template; add chat_template.jinja, or give "
-            "model.chat_template (base for a base model)"
-        )
-    if tokenizer.eos_token_id is None:
-        raise SettingsError(f"model.path: the tokenizer of {directory} has no end token; set eos_token in tokenizer_config.json")
-    if len(tokenizer) > vocabulary:
-        raise SettingsError(
-            f"model.path: the tokenizer of {directory} has {len(tokenizer)} tokens, more than the model's vocab_size "
-            f"{vocabulary}; give the model its own tokenizer"
-        )
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, directory: Path, model: ModelSettings) -> None:
-    what, advice = f"model.path: the chat template of {directory}", "correct chat_template.jinja"
-    if model.chat_template not in CHAT_TEMPLATES:
-        what, advice = f"model.chat_template: {model.chat_template}", "correct it"
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "1"}], add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        raise SettingsError(f"{what} fails ({_reason(error)}); {advice}") from error
-    if not text or not tokenizer(text, add_special_tokens=False)["input_ids"]:
-        raise SettingsError(f"{what} makes no text of a message; {advice}")
 
 
 def _train_prompts(
