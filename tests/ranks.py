@@ -51,12 +51,12 @@ class RankPool:
         self.folder.cleanup()
 
     def run(self, function: str, *, world_size: int, timeout_s: float, **kwargs) -> list:
-        from tic_megatron.actors.megatron.runtime import open_store
+        from tic_megatron.rendezvous import open_store
 
         self._grow(world_size)
         store, ranks = open_store("127.0.0.1", timeout_s), self.ranks[:world_size]
         for number, rank in enumerate(ranks):
-            rank.connection.send_bytes(pickle.dumps((function, number, world_size, f"127.0.0.1:{store.port}", kwargs)))
+            rank.connection.send_bytes(pickle.dumps((function, number, world_size, store.port, kwargs)))
         deadline = time.monotonic() + timeout_s
         results, failed = [], []
         for number, rank in enumerate(ranks):
@@ -134,12 +134,12 @@ def main(address: str) -> None:
             connection.send_bytes(pickle.dumps((False, f"the process ended with status {status}")))
 
 
-def _run(connection: Connection, function: str, rank: int, world_size: int, address: str, kwargs: dict) -> None:
-    from tic_megatron.actors.megatron.runtime import join_store
+def _run(connection: Connection, function: str, rank: int, world_size: int, port: int, kwargs: dict) -> None:
+    from tic_megatron.rendezvous import join_store
 
     try:
         module, name = function.split(":")
-        store = join_store(address, START_S)
+        store = join_store("127.0.0.1", port, START_S)
         answer = (True, getattr(importlib.import_module(module), name)(rank, world_size, store, **kwargs))
     except BaseException:
         answer = (False, traceback.format_exc())

@@ -9,7 +9,7 @@ import pytest
 
 from tests.rollouts import group_of
 from tic_megatron.config import RewardSettings
-from tic_megatron.rewards import RewardWorkers
+from tic_megatron.rewards import GradeReport, RewardWorkers
 from tic_megatron.rewards.background import BackgroundGrader
 from tic_megatron.trajectory import Group
 
@@ -25,7 +25,7 @@ def test_grading_in_the_background_gives_the_same_rewards() -> None:
             for group in given:
                 for trajectory in group.trajectories:
                     trajectory.reward = math.nan
-                grader.add(group)
+                grader.add([group])
                 time.sleep(0.02)
             report = grader.finish()
             assert (report.graded, report.failed, report.timed_out) == (total.graded, total.failed, total.timed_out)
@@ -39,6 +39,23 @@ def test_an_error_of_the_background_grading_reaches_the_caller() -> None:
             raise RuntimeError("the graders do not start")
 
     grader = BackgroundGrader(Broken())
-    grader.add(group_of(0, "7", ["7", "8"]))
+    grader.add([group_of(0, "7", ["7", "8"])])
     with pytest.raises(RuntimeError, match="the graders do not start"):
         grader.finish()
+
+
+def test_what_is_given_together_is_graded_together() -> None:
+    """A whole rollout, in deterministic mode: a reward may depend, in its last digits, on what shares a batch."""
+    calls = []
+
+    class Counting:
+        def grade_groups(self, groups: list[Group]) -> GradeReport:
+            calls.append(len(groups))
+            return GradeReport(len(groups))
+
+    for _ in range(50):
+        grader = BackgroundGrader(Counting())
+        assert not grader.finished
+        grader.add([group_of(i, "7", ["7", "8"]) for i in range(16)])
+        assert grader.finish().graded == 16 and grader.finished
+    assert set(calls) <= {16, 0} and sum(calls) == 50 * 16

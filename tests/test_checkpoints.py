@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import threading
 from contextlib import ExitStack
@@ -22,10 +23,11 @@ from transformers import AutoConfig
 
 from tests.models import make_tokenizer
 from tic_megatron.actors.group import ActorGroup
-from tic_megatron.actors.megatron.metadata import check_metadata
+from tic_megatron.actors.megatron.metadata import check_common, check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, find_pending, load_state
 from tic_megatron.cli import main
 from tic_megatron.config import ActorSettings, RunSettings, Settings, SettingsError
+from tic_megatron.remote import WorkerError
 from tic_megatron.run import Run
 
 
@@ -211,18 +213,23 @@ def test_a_process_of_low_priority_may_stay_so(saved, monkeypatch):
     assert find_damage(saved.folder / "step_30") is None
 
 
-def test_a_failed_run_does_not_wait_for_its_save_for_ever():
+@pytest.mark.parametrize(
+    ("failure", "patience_s"),
+    [(WorkerError("gone"), 20.0), (KeyboardInterrupt(), 20.0), (RuntimeError("the graders do not start"), None), (None, None)],
+)
+def test_a_failed_run_does_not_wait_for_its_save_for_ever(failure, patience_s):
+    """When it may be the actors that have failed; otherwise they write on, until `cluster.timeout_s` at most."""
     waited = Mock()
     run = Run.__new__(Run)
     run._stack, run.checkpoints = ExitStack(), SimpleNamespace(finish=waited, problems=list)
     run._stack.push(run._end_saving)
     try:
-        raise OSError("gone")
-    except OSError:
+        if failure is not None:
+            raise failure
+        run.__exit__(None, None, None)
+    except BaseException:
         run.__exit__(*sys.exc_info())
-    run._stack.push(run._end_saving)
-    run.__exit__(None, None, None)
-    assert waited.call_args_list == [call(timeout_s=20.0), call(timeout_s=None)]
+    assert waited.call_args_list == [call(timeout_s=patience_s)]
 
 
 def test_finish_waits_after_an_interruption_too(tmp_path):
@@ -380,3 +387,79 @@ def test_the_configuration_says_how_the_weights_are_stored(tmp_path, precision):
     Run(settings, inputs)._write_model_files(tmp_path / "hf")
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert (AutoConfig.from_pretrained(tmp_path / "hf").dtype, base.dtype) == (stored, torch.bfloat16)
+
+
+def _text(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def _that_changes_what_it_names(file):
+    """A pickle of checkpoint classes only when it is read for the first time: it sets an attribute of a function that it may
+    name, which is still set when it is read again, and makes `os.system` of `torch.Size`."""
+    function, asked = b"ctorch.serialization\n_get_layout\n", b"h\x00"
+    data = b"\x80\x04" + function + _text("torch.strided") + b"\x85Rq\x000"
+
+    def choose(first, second, slot):
+        cache = b"}(" + asked + first + _text("again") + second + b"u"
+        return function + b"}" + _text("cache") + cache + b"sb0" + function + asked + b"\x85Rq" + bytes([slot]) + b"0"
+
+    data += choose(_text("torch"), _text("posix"), 1) + choose(_text("Size"), _text("system"), 2)
+    data += choose(b")", _text(f"touch {file}"), 3) + b"h\x01h\x02\x93h\x03\x85R0"
+    data += function + b"}" + _text("cache") + b"}(" + _text("torch.strided") + _text("again") + b"usb0"
+    return data + b"ctorch.distributed.checkpoint.metadata\nMetadata\n}\x85R."
+
+
+def test_metadata_changes_nothing_that_it_names(tmp_path):
+    before = dict(torch.serialization._get_layout.cache)
+    file, touched = tmp_path / ".metadata", tmp_path / "touched"
+    file.write_bytes(_that_changes_what_it_names(touched))
+    try:
+        with pytest.raises(pickle.UnpicklingError, match=r"changes <function _get_layout.*, which no checkpoint needs"):
+            check_metadata(file)
+        assert torch.serialization._get_layout.cache == before
+    finally:
+        torch.serialization._get_layout.cache = before
+    for named in ("Metadata", "TensorProperties"):  # a class, whose instances are made afterwards
+        state = b"N}" + _text("storage_data") + b"Ns\x86b"
+        file.write_bytes(b"\x80\x04ctorch.distributed.checkpoint.metadata\n" + named.encode() + b"\n" + state + b".")
+        with pytest.raises(pickle.UnpicklingError, match=r"changes <class '.*, which no checkpoint needs"):
+            check_metadata(file)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, Command("touched")])
+def test_nothing_is_common_to_all_ranks(tmp_path, monkeypatch, content):
+    """Whatever the environment says, which Megatron-core leaves it to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = tmp_path / "common.pt"
+    torch.save({}, file)
+    check_common(file)
+    torch.save(content, file)
+    with pytest.raises(pickle.UnpicklingError):
+        check_common(file)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_checkpoint_is_checked_where_nothing_can_be_synchronized(saved, monkeypatch):
+    """On a file system that is an image, say; and what cannot be read is told."""
+
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    assert find_damage(saved.folder / "step_30") is None
+    assert saved.find("auto") == (saved.folder / "step_30", [])
+
+
+def test_no_checkpoint_without_the_rows_before_it(tmp_path):
+    """Where the run would go on, they would be missing."""
+    run = Run.__new__(Run)
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
+
+    run.logger = SimpleNamespace(flush=full)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(RunState(step=10), lambda folder: lambda: True, lambda folder: run._describe(folder, None))
+    assert re.search(r"step 10 was not saved: No space left on device: .*metrics\.jsonl \(make room", checkpoints.finish())
+    assert names(checkpoints) == []

@@ -122,6 +122,13 @@ def test_an_engine_lies_on_one_node_and_too_small_clusters_are_refused(nodes):
         start_cluster(settings_for(actors=10, colocate=True, address=nodes.address)),
     ):
         raise AssertionError("the cluster is too small")
+    # When the run had its places before, a node is missing, and may be replaced.
+    settings = settings_for(actors=10, colocate=True, address=nodes.address)
+    settings.cluster.start_timeout_s = 1.0
+    message = r"10 actors .* need 1 CPU each, but .* has 9 of 9 CPUs free, 1 s after a failure \(cluster\.start_timeout_s\)"
+    with pytest.raises(WorkerError, match=message) as error, start_cluster(settings, restart=True):
+        raise AssertionError("the cluster is too small")
+    assert error.value.may_pass
 
 
 def test_a_start_of_ray_that_fails_may_be_tried_again(monkeypatch):

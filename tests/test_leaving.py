@@ -213,4 +213,4 @@ def test_what_continues(tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         if own:
             (tmp_path / "run" / "checkpoints" / f"step_{own}").mkdir(parents=True)
-        assert ("without --run.resume" in train_command._what_continues(settings)) == without, (resume, own)
+        assert ("without --run.resume" in train_command._what_continues(settings, left=False)) == without, (resume, own)

@@ -6,6 +6,8 @@ import io
 import json
 import math
 import random
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,12 +21,14 @@ from rich.console import Console
 
 from tic_megatron.config import LoggingSettings, SettingsError
 from tic_megatron.observability.files import atomic_writer
+from tic_megatron.observability.memory import MemoryLog
 from tic_megatron.observability.metrics import MetricsLogger, check_logging, read_metrics
 from tic_megatron.observability.plots import plot_curves
 from tic_megatron.observability.progress import ProgressDisplay, format_duration, sparkline
 from tic_megatron.observability.rollouts import find_rollout, read_replay, read_rollout, rollout_path, write_rollout
 from tic_megatron.observability.summary import write_summary
 from tic_megatron.observability.timers import PhaseTimers
+from tic_megatron.rewards.workers import append_lines
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
 ONLY_JSONL = LoggingSettings(tensorboard=False)
@@ -391,3 +395,46 @@ def test_redirected_output_lands_in_the_log(tmp_path: Path) -> None:
     for text in ("python stdout é \\ud800", "python stderr", "raw descriptor 1", "raw descriptor 2", "child process", "the end"):
         assert content.count(text) == 2, text
     assert content.count("WARNING library: logged") == 2
+
+
+def test_a_note_may_hold_anything() -> None:
+    """A half of a character, which a model has written and a reward's error message repeats, in a terminal of any encoding."""
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        raw = io.BytesIO()
+        with ProgressDisplay(3, title="t", stream=io.TextIOWrapper(raw, encoding=encoding)) as progress:
+            progress.note("not a number: \ud83d caf\u00e9 \u2713")
+            assert raw.getvalue().decode(encoding).startswith("not a number: \\ud83d caf")
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path: Path) -> None:
+    """None is lost or written twice, whatever of it the disk took; nothing is on the disk without those before it."""
+    logger = MetricsLogger(tmp_path, ONLY_JSONL, "run", {})
+    logger.log(1, {"a": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 7, before[1]))  # 7 bytes of the next row fit
+        for step in (2, 3):
+            with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
+                logger.log(step, {"a": float(step)})
+            assert path.read_bytes() == whole
+        with pytest.raises(OSError, match="File too large"):
+            logger.flush()
+        logger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    logger.log(4, {"a": 4.0})
+    logger.flush()
+    assert [(row["step"], row["a"]) for row in read_metrics(path)] == [(n, float(n)) for n in (1, 2, 3, 4)]
+
+
+def test_what_a_run_can_do_without_does_not_end_it(tmp_path: Path) -> None:
+    log = MemoryLog(tmp_path)
+    (tmp_path / "memory.jsonl").symlink_to("/dev/full")
+    log.log(1, "train", actors=[{"resident_peak": 2 << 30}], engines=[])
+    assert log.metrics() == {"memory/actor_max_gib": 2.0}
+    (tmp_path / "rewards.log").symlink_to("/dev/full")
+    append_lines(tmp_path / "rewards.log", ["a grader died"])

@@ -150,8 +150,8 @@ def test_skipped_updates_are_reported_and_bounded():
     with pytest.raises(TooManyBadTrajectoriesError, match=r"3 of 40 trajectories are not finite.*max_bad_fraction 0.05.*p2, p3"):
         report_skipped_updates(skipped, groups, 4, max_fraction=0.05)
     assert report_skipped_updates([], groups, 4, max_fraction=0.0) == []
-    with pytest.raises(TooManyBadTrajectoriesError, match="no update of the step could be applied"):
-        report_skipped_updates([SkippedUpdate(k, []) for k in range(4)], groups, 4, max_fraction=1.0)
+    every = report_skipped_updates([SkippedUpdate(k, []) for k in range(4)], groups, 4, max_fraction=0.0)
+    assert len(every) == 4  # how many in a row are too many is SkippedInARow's to say, also with one update per step
 
 
 def test_bad_trajectories_are_named_dropped_and_bounded():

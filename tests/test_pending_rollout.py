@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +88,25 @@ def test_without_working_ahead_nothing_is_kept(tmp_path):
     source.begin([group.prompt for group in MADE], 5)
     source.collect()
     assert source.pending(4) is None
+
+
+def test_leaving_does_not_wait_for_graders(tmp_path):
+    """The step that was trained is saved first; then the rewards are waited for, or what they raise is told."""
+    let_go = threading.Event()
+
+    def grade(groups):
+        let_go.wait(20)
+        return GradeReport(len(groups))
+
+    source = continued(tmp_path, steps_ahead=1)
+    source.rewards = SimpleNamespace(grade_groups=grade)
+    source.engines.sample = lambda prompts, finished, **_: finished(MADE_AGAIN) or Rollout(MADE_AGAIN, [], OUTCOME)
+    source.begin([group.prompt for group in MADE], 6)
+    while source._under_way.at_work:
+        time.sleep(0.01)
+    assert source.pending(5) is None
+    groups = source.collect()
+    assert groups == MADE_AGAIN and source.pending(5) is None  # nor when it has just been collected
+    let_go.set()
+    source.wait(None, 5)
+    assert source.pending(5).groups == MADE_AGAIN and source.pending(5).report.graded == len(MADE_AGAIN)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, make_run, moved_reward
+from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, make_run, moved_reward, rewrite
 from tests.models import make_tiny_qwen3
 from tests.workspace import make_workspace, settings_of
 from tic_megatron.commands.preflight import TrainInputs
-from tic_megatron.commands.run_folder import check_run_folder, find_checkpoint, record_changes
-from tic_megatron.commands.train import _continue
+from tic_megatron.commands.run_folder import begin_state, check_run_folder, find_checkpoint, record_changes
+from tic_megatron.commands.train import _as_it_left, _continue
 from tic_megatron.config import SettingsError
 
 
@@ -56,3 +56,23 @@ def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_a_later_on
         settings = settings_of(*workspace.base[1:], f"--run.resume={STEP_1}").resolve()
         goes_on = _continue(inputs, settings)
         assert goes_on.checkpoint == expected and goes_on.step == (2 if expected == own else step)
+
+
+@pytest.mark.parametrize("resume", ["never", STEP_1])
+def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, monkeypatch, capsys, resume):
+    """Where the same command without the marker goes back once more, or is refused."""
+    make_run(workspace)
+    command = [*workspace.base[1:], f"--run.resume={resume}"]
+    settings = settings_of(*command).resolve()
+    (workspace.root / "run" / "requeue").write_text("left at SIGTERM after step 2\n")
+    assert _as_it_left(settings) == settings  # this run has begun in another way: somebody wants to go back
+    for step in (STEP_1, STEP_2):
+        state = json.loads((workspace.root / step / "state.json").read_text())
+        rewrite(f"{step}/state.json", json.dumps(state | {"resume": settings.run.resume}))(workspace)
+    assert _as_it_left(settings).run.resume == "auto" and settings.run.resume != "auto"
+    assert "continues from its own last checkpoint; remove" in capsys.readouterr().err
+    assert find_checkpoint(_as_it_left(settings))[1].step == 2
+    assert begin_state(workspace.root / STEP_2, _as_it_left(settings)).resume == settings.run.resume  # and when it leaves again
+    (workspace.root / "run" / "requeue").unlink()
+    assert _as_it_left(settings) == settings
+    assert begin_state(workspace.root / STEP_2, settings).resume == settings.run.resume

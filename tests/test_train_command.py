@@ -568,7 +568,9 @@ def test_a_folder_that_another_process_uses_is_refused(workspace, capfd, trainer
 
 
 def test_an_address_with_a_key_is_not_told(trained, capfd):
-    for address in ("http://host/grade?api_key=hush", "http://me:hush@host/grade", "http://me:hush@host:port/grade?key=hush"):
+    hidden = ("?api_key=hush", "?x-api-key=hush", "?accessToken=hush", "?a=1&subscription-key=hush", "#token=hush")
+    with_logins = ("http://me:hush@host/grade", "http://me:hush@host:port/grade?key=hush")
+    for address in (*(f"http://host/grade{part}" for part in hidden), *with_logins):
         assert "hush" not in refusal(capfd, [*trained.base, f"--reward.function={address}"])
 
 
@@ -621,3 +623,10 @@ def test_told_to_leave_before_there_is_anything_to_save(workspace, capfd, forked
     path = workspace.root / "run" / "requeue"
     assert (path.read_text() if path.exists() else None) == marker
     assert sum(line.startswith("tic-megatron:") for line in capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_marker_that_was_taken_at_once(workspace, capfd, trainer):
+    """By whoever watches for it, while the rollout ahead is still waited for."""
+    trainer(lambda settings, inputs: None)
+    assert main(workspace.base) == 0
+    assert "left as it was told to; the same command continues" in capfd.readouterr().err

@@ -32,7 +32,7 @@ class RunState:
     `step`: last step that was trained; `unrecorded`: its metrics, as long as its evaluation is to come; `cursor`: place in the
     training problems; `accuracy_before`, `accuracy`: measured before step 1 and last, as `benchmarks_before`, `benchmarks` by
     their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of the user's Python files, by the setting that names them;
-    `skipped_in_a_row`: the last updates, as far as all were skipped.
+    `skipped_in_a_row`: the last updates, as far as all were skipped; `resume`: `run.resume` of the command that it comes from.
     """
 
     step: int = 0
@@ -45,6 +45,7 @@ class RunState:
     wall_s: float = 0.0
     programs: dict[str, str] = field(default_factory=dict)
     skipped_in_a_row: int = 0
+    resume: str = "auto"
 
 
 class CheckpointError(RuntimeError):
@@ -181,6 +182,14 @@ class Checkpoints:
         """Of the newest, intact or not; 0 without any."""
         return max(map(_step_of, self._all()), default=0)
 
+    def comes_from(self, resume: str) -> bool:
+        """Whether the newest is of a run that `--run.resume` began in this folder: `never`, or the path of a checkpoint."""
+        newest = self._all()[-1:]
+        try:
+            return bool(newest) and load_state(newest[0]).resume == resume
+        except (OSError, ValueError, TypeError, RecursionError):
+            return False
+
     def _set_aside(self, checkpoint: Path) -> None:
         names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
         place = next(place for name in names if not (place := self.folder / name).exists())
@@ -251,7 +260,7 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         present = {name: (entry["bytes"], entry["sha256"]) for name, entry in _describe(checkpoint).items()}
     except OSError as error:
-        return f"{checkpoint} is damaged: {error.filename} cannot be read ({error.strerror})"
+        return f"{checkpoint} is damaged: {error.filename or 'a file'} cannot be read ({error.strerror})"
     wrong = sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
     if not wrong:
         return None
@@ -261,15 +270,16 @@ def find_damage(checkpoint: Path) -> str | None:
     return f"{checkpoint} is damaged: {wrong[0]} {how}" + (f", and {len(wrong) - 1} more files" if len(wrong) > 1 else "")
 
 
-def _describe(folder: Path) -> dict[str, dict]:
+def _describe(folder: Path, *, sync: bool = False) -> dict[str, dict]:
     """Size and SHA-256 of every file but the manifest, by relative path. Hashing releases the interpreter's lock, so threads
-    help; what was read is on the disk afterwards, should the machine fail."""
+    help. With `sync`, what was read is on the disk afterwards, should the machine fail."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
     def describe(name: str) -> dict:
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             return {"bytes": file.tell(), "sha256": digest}
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), initializer=lower_priority) as threads:
@@ -278,7 +288,7 @@ def _describe(folder: Path) -> dict[str, dict]:
 
 def _seal(folder: Path) -> None:
     """Write the manifest of a folder that is complete, and have all of it on the disk."""
-    (folder / MANIFEST).write_text(json.dumps(_describe(folder), indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(_describe(folder, sync=True), indent=1), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 

@@ -69,11 +69,12 @@ class Cluster:
 
 
 @contextmanager
-def start_cluster(settings: Settings, *, actors: bool = True) -> Iterator[Cluster]:
+def start_cluster(settings: Settings, *, actors: bool = True, restart: bool = False) -> Iterator[Cluster]:
     """Connect to `cluster.address`, or start Ray on this machine (on the loopback, without a dashboard, with a token that only
     this run knows), and reserve places; without `actors`, for engines apart alone.
 
-    Raises SettingsError when the cluster has fewer places than the layout needs.
+    Raises SettingsError when the cluster has fewer places than the layout needs. In a `restart` there were enough, and a lost
+    node may be replaced: they are waited for (`cluster.start_timeout_s`), and then it is a WorkerError.
     """
     local = settings.cluster.address is None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -99,7 +100,7 @@ def start_cluster(settings: Settings, *, actors: bool = True) -> Iterator[Cluste
         groups: list[PlacementGroup] = []
         try:
             for what, bundles in _wanted(settings, actors=actors).items():
-                groups.append(_reserve(what, bundles))
+                groups.append(_reserve(what, bundles, settings.cluster.start_timeout_s if restart else None))
             yield Cluster(settings, groups[0] if actors else None, groups[-1] if _engines_apart(settings) else None)
         finally:
             if not local:
@@ -169,14 +170,16 @@ def _wanted(settings: Settings, *, actors: bool = True) -> dict[str, list[dict[s
     return wanted
 
 
-def _reserve(what: str, bundles: list[dict[str, float]]) -> PlacementGroup:
+def _reserve(what: str, bundles: list[dict[str, float]], patience_s: float | None = None) -> PlacementGroup:
+    """`patience_s`: of a run that had its places before."""
     group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_seconds=RESERVE_TIMEOUT_S):
+    if not group.wait(timeout_seconds=RESERVE_TIMEOUT_S if patience_s is None else patience_s):
         have, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}s" for kind in bundles[0])
         remove_placement_group(group)
         need = " and ".join(f"{amount:g} {kind}{'s' if amount > 1 else ''}" for kind, amount in bundles[0].items())
-        raise SettingsError(
-            f"cluster: {what} need {need} each, but the Ray cluster has {there} free; lower the layout or wait for free nodes"
-        )
+        problem = f"cluster: {what} need {need} each, but the Ray cluster has {there} free"
+        if patience_s is not None:
+            raise WorkerError(f"{problem}, {patience_s:g} s after a failure (cluster.start_timeout_s)", may_pass=True)
+        raise SettingsError(f"{problem}; lower the layout or wait for free nodes")
     return group

@@ -45,7 +45,7 @@ class RunSettings:
     allow_change: list[str] = field(default_factory=list)
     """Settings (dotted names) that may differ from those of the run that is resumed."""
     max_restarts: int = 3
-    """Restarts from the last checkpoint, in a row without getting any further, after an actor or the driver died or hung."""
+    """Restarts from the last checkpoint, in a row without getting any further, when an actor died or hung, or the driver died."""
     deterministic: bool = False
     """Give the same weights and metrics bit by bit, on CPUs, whatever fails meanwhile: with static dispatch, a rollout that loses
     an engine is generated again as a whole."""

@@ -6,9 +6,11 @@ import copy
 import functools
 import math
 import shutil
+import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tic_megatron.data.packing import has_equal_rewards
 from tic_megatron.data.prompts import PromptCursor
 from tic_megatron.data.quality import SkippedInARow, SkippedUpdate, drop_bad_trajectories, report_skipped_updates
 from tic_megatron.evaluation import EvalResult, EvalSet, eval_name, evaluate, grader_settings
+from tic_megatron.observability.files import disk_problem
 from tic_megatron.observability.health import HealthMonitor
 from tic_megatron.observability.memory import MemoryLog
 from tic_megatron.observability.metrics import MetricsLogger
@@ -86,8 +89,6 @@ class Run:
         self.checkpoints.set_aside_after(self.state.step, checkpoint)
         self._saved = self.state.step if checkpoint and self.checkpoints.is_own(checkpoint) else None
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
-        self.preemption.listen()
-        unmark(self.dir)
         self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)
         if self.state.cursor:
             self.cursor.load_state_dict(self.state.cursor, allow_other_prompts="data.train" in settings.run.allow_change)
@@ -107,8 +108,9 @@ class Run:
                 self.progress.accuracy(accuracy)
         self.progress.phase("starting Ray, actors and engines")
         with self.preemption.kept_from_children():
-            cluster = self._stack.enter_context(start_cluster(settings))
-        self.preemption.listen()  # Ray has taken SIGTERM
+            cluster = self._stack.enter_context(start_cluster(settings, restart=self.inputs.restart))
+        # Ray has taken it. In the start there is nothing to save: a signal ends the process, and the launcher leaves the marker.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.actors = ActorGroup.start(settings, cluster, log_dir=log_dir)
         self._stack.callback(self.actors.stop)
         self._stack.push(self._end_saving)
@@ -121,6 +123,8 @@ class Run:
         if self.state.step < settings.trainer.steps or self.state.unrecorded is not None:
             self.rollouts.use_weights(self.actors, version=self.state.step)
         self.log_memory(self.state.step, "start")
+        self.preemption.listen()
+        unmark(self.dir)
 
     def _restore_pending(self, checkpoint: Path) -> None:
         folder, problem = find_pending(checkpoint)
@@ -292,7 +296,8 @@ class Run:
         saves = {"checkpoint/failed": float(self.checkpoints.failed)}
         every = self.settings.rollout.save_every
         if every and step % every == 0:
-            write_rollout(rollout_path(self.dir, step), step, groups)
+            with self._despite_the_disk(f"the rollout of step {step} is not kept"):
+                write_rollout(rollout_path(self.dir, step), step, groups)
         row = metrics | saves | (self.memory.metrics() if self.memory else {})
         self.state.unrecorded = {name: float(value) for name, value in row.items()}
         self.state.step, self.state.cursor = step, self._cursor_state  # not yet beyond the prompts that were only sampled
@@ -303,7 +308,8 @@ class Run:
         trainer, step = self.settings.trainer, self.state.step
         metrics = self.state.unrecorded | self.evaluate(step)
         self._tell_failed_saves()
-        self.logger.log(step, metrics)
+        with self._despite_the_disk(f"the metrics of step {step} wait in memory, without which no checkpoint is written"):
+            self.logger.log(step, metrics)
         self.state.unrecorded = None
         self.progress.update(step, metrics)
         for warning in self.health.check(step, metrics):
@@ -357,9 +363,18 @@ class Run:
             self._tell_failed_saves()
 
     def _end_saving(self, failure: type[BaseException] | None, *_: object) -> None:
-        """On leaving. After a failure, the actors may be those that hang."""
-        self.checkpoints.finish(timeout_s=None if failure is None else SAVE_PATIENCE_S)
+        """On leaving. After a worker's failure the actors may be those that hang, and who interrupts does not want to wait."""
+        in_doubt = failure is not None and issubclass(failure, WorkerError | KeyboardInterrupt)
+        self.checkpoints.finish(timeout_s=SAVE_PATIENCE_S if in_doubt else None)
         self._tell_failed_saves()
+
+    @contextmanager
+    def _despite_the_disk(self, what: str) -> Iterator[None]:
+        """Around writing what the run can go on without; a line when the disk does not take it."""
+        try:
+            yield
+        except OSError as error:
+            self.progress.note(f"warning: {what}: {disk_problem(error, self.dir)}")
 
     def _tell_failed_saves(self) -> None:
         for problem in self.checkpoints.problems():
@@ -379,6 +394,8 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Export the model, draw the curves, write and return the summary."""
+        self.progress.phase("save")
+        self.checkpoints.finish()  # first: the disk may have room for one of the two, and the export can be made again
         self.progress.phase("export")
         self.to_training()  # where a run continues after its last step, the engines may have the GPUs
         self._export_hf()
@@ -408,13 +425,18 @@ class Run:
         target, unfinished = self.dir / "hf", self.dir / ".hf.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        write_index(unfinished, self.actors.save_hf(unfinished))
-        self._write_model_files(unfinished)
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+        try:
+            write_index(unfinished, self.actors.save_hf(unfinished))
+            self._write_model_files(unfinished)
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _describe(self, checkpoint: Path, pending: PendingRollout | None) -> None:
-        """The rollout that was made ahead, and what a checkpoint needs to be exported without the run's inputs."""
+        """The rollout that was made ahead, and what a checkpoint needs to be exported without the run's inputs; when the rows of
+        the metrics up to here are on the disk."""
+        self.logger.flush()
         if pending is not None:
             pending.write(checkpoint)
         self.settings.save(checkpoint / SETTINGS_FILE)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from pathlib import Path
 
 from tests.bad_input.cases import Case, Spoil, folder, write
 from tests.data_files import write_arrow_stream, write_csv, write_json, write_jsonl, write_parquet
@@ -112,6 +113,8 @@ def formats() -> list[Case]:
         add("bytes", f"p.{form}", _rows(f"p.{form}", [{"problem": b"x", "answer": "1"}]), ["row 1", "'problem'"])
         add("empty", f"p.{form}", write(f"p.{form}", b""), ["Parquet" if form == "parquet" else "Arrow"])
         add("text", f"p.{form}", write(f"p.{form}", json.dumps(GOOD)), ["Parquet" if form == "parquet" else "Arrow"])
+        for name, unit in (("a time", "us"), ("a day", "day")):
+            add(f"{name} beyond the calendar", f"p.{form}", _time(f"p.{form}", unit), ["row 2", "'when'"])
         add("no rows", f"p.{form}", _no_rows(f"p.{form}"), ["no problems"])
         for keep in (0.3, 0.6, 0.95):
             words = ["intact" if form == "parquet" else "cannot be read"]
@@ -137,16 +140,36 @@ def formats() -> list[Case]:
 def _no_rows(name: str) -> Spoil:
     def spoil(workspace) -> None:
         import pyarrow
-        from pyarrow import parquet
 
-        table = pyarrow.table({"problem": pyarrow.array([], pyarrow.string()), "answer": pyarrow.array([], pyarrow.string())})
-        if name.endswith("parquet"):
-            parquet.write_table(table, workspace.root / name)
-        else:
-            with pyarrow.ipc.new_stream(str(workspace.root / name), table.schema) as writer:
-                writer.write_table(table)
+        _write_table(workspace.root / name, {name: pyarrow.array([], pyarrow.string()) for name in ("problem", "answer")})
 
     return spoil
+
+
+def _time(name: str, unit: str) -> Spoil:
+    """The second row has one that Python's dates cannot be."""
+
+    def spoil(workspace) -> None:
+        import pyarrow
+
+        kind, value = (pyarrow.date32(), 2**31 - 1) if unit == "day" else (pyarrow.timestamp(unit), 2**62)
+        _write_table(
+            workspace.root / name, {"problem": ["1+1=", "1+2="], "answer": ["2", "3"], "when": pyarrow.array([0, value], kind)}
+        )
+
+    return spoil
+
+
+def _write_table(path: Path, columns: dict) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
 
 
 def _several_formats(workspace) -> None:

@@ -73,15 +73,16 @@ def unlink(name: str) -> Spoil:
     return lambda workspace: (workspace.root / name).unlink()
 
 
-def rewrite(name: str, text: str) -> Spoil:
+def rewrite(name: str, content: str | bytes) -> Spoil:
     """Write a file of a checkpoint, and its manifest to match."""
 
     def spoil(workspace) -> None:
         from tic_megatron.checkpoints import _describe
 
         path = workspace.root / name
-        path.write_text(text)
-        (path.parent / MANIFEST).write_text(json.dumps(_describe(path.parent)))
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        checkpoint = next(parent for parent in path.parents if (parent / MANIFEST).exists())
+        (checkpoint / MANIFEST).write_text(json.dumps(_describe(checkpoint)))
 
     return spoil
 
@@ -281,6 +282,42 @@ def checkpoints() -> list[Case]:
     ]
 
 
+# Files of a checkpoint that match its manifest: its settings, and its model's configuration.
+SETTINGS_OF = {
+    "no settings": "hello",
+    "binary settings": b"\xff\xfe\x00",
+    "settings that are too deep": "[" * 5000,
+    "another precision": "actor: {precision: int8}\n",
+    "a list for a precision": "actor: {precision: [fp32]}\n",
+}
+MODEL_OF = {
+    "no JSON": "{",
+    "binary": b"\xff\xfe\x00",
+    "another kind": '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}',
+    "another type": '{"model_type": "qwen3", "hidden_size": "wide"}',
+    "a list": "[]",
+}
+
+
+def of_a_checkpoint() -> list[Case]:
+    export = {"argv": ("export", STEP_2, "out")}
+    cases = [
+        Case(
+            f"export: {name}",
+            ("export", f"{STEP_2}/config.yaml"),
+            spoil=both(make_run, rewrite(f"{STEP_2}/config.yaml", content)),
+            **export,
+        )
+        for name, content in SETTINGS_OF.items()
+    ]
+    for name, content in MODEL_OF.items():
+        spoil = both(make_run, rewrite(f"{STEP_2}/model/config.json", content))
+        cases.append(Case(f"export: a model that is {name}", ("export", f"{STEP_2}/model/config.json"), spoil=spoil, **export))
+        words = (f"{STEP_2}/model/config.json",)
+        cases.append(Case(f"a model in the checkpoint that is {name}", words, spoil=spoil))
+    return cases
+
+
 def folders() -> list[Case]:
     return [
         Case("run folder: a file", ("run.dir", "train.jsonl is a file"), flags=("--run.dir=train.jsonl",)),
@@ -293,4 +330,4 @@ def folders() -> list[Case]:
 
 
 def all_cases() -> dict[str, list[Case]]:
-    return {"other run": other_runs(), "run folder": folders(), "checkpoint": checkpoints()}
+    return {"other run": other_runs(), "run folder": folders(), "checkpoint": checkpoints(), "of a checkpoint": of_a_checkpoint()}

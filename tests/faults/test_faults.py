@@ -16,7 +16,7 @@ def trials(task, tmp_path_factory):
     return Trials(tmp_path_factory.mktemp("faults"), task)
 
 
-@pytest.mark.parametrize(("seed", "kind"), enumerate(KINDS))
+@pytest.mark.parametrize(("seed", "kind"), list(enumerate(KINDS)))
 def test_a_killed_process_changes_nothing(trials, seed, kind):
     trial = trials.trial(1000 + seed, kind)
     assert not trial.problem, trial

@@ -48,23 +48,24 @@ class ActorWorker(Worker):
         node = ray.get_runtime_context().get_node_id()
         return Place(ray.util.get_node_ip_address(), node, [int(i) for i in ray.get_gpu_ids()])
 
-    def open_store(self) -> str:
-        """On the rank to be 0: open the store by which the ranks find each other; its `host:port`."""
+    def open_store(self) -> tuple[str, int]:
+        """On the rank to be 0: open the store by which the ranks find each other; its host and port."""
         import ray
 
-        from tic_megatron.actors.megatron import runtime
+        from tic_megatron.rendezvous import open_store
 
         host = ray.util.get_node_ip_address()
-        self.store = runtime.open_store(host, self.settings.cluster.start_timeout_s)
-        return f"{host}:{self.store.port}"
+        self.store = open_store(host, self.settings.cluster.start_timeout_s)
+        return host, self.store.port
 
-    def setup(self, rank: int, world_size: int, address: str, model_path: str) -> int:
+    def setup(self, rank: int, world_size: int, address: tuple[str, int], model_path: str) -> int:
         """Join the process groups and load this rank's slices of the model. Returns the data-parallel rank."""
         from tic_megatron.actors.megatron import runtime
+        from tic_megatron.rendezvous import join_store
 
         settings = self.settings
         random.seed(settings.run.seed)
-        store = self.store if rank == 0 else runtime.join_store(address, settings.cluster.start_timeout_s)
+        store = self.store if rank == 0 else join_store(*address, settings.cluster.start_timeout_s)
         device = runtime.initialize(
             rank, world_size, store, settings.actor, seed=settings.run.seed, timeout_s=settings.cluster.timeout_s
         )

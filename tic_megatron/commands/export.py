@@ -12,12 +12,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 
 from tic_megatron.checkpoints import MANIFEST, MODEL_FOLDER, SETTINGS_FILE, Checkpoints, find_damage, is_checkpoint
+from tic_megatron.commands.model_files import read_config
 from tic_megatron.config import ActorSettings, Settings, SettingsError, resolve_folder
 from tic_megatron.observability.files import disk_problem
 
@@ -32,6 +34,7 @@ def run(source: str, out: str) -> int:
     checkpoint = choose_checkpoint(Path(resolve_folder("export", source)))
     target = _check_target(Path(resolve_folder("export", out)))
     precision = _precision(checkpoint)
+    _check_model(checkpoint)
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -100,10 +103,21 @@ def _check_target(out: Path) -> Path:
 def _precision(checkpoint: Path) -> str:
     """That of the run's actors, in which it exports too."""
     path = checkpoint / SETTINGS_FILE
+    precision = None
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+        precision = yaml.safe_load(path.read_text(encoding="utf-8"))["actor"]["precision"]
+    if precision not in get_args(get_type_hints(ActorSettings)["precision"]):
+        raise SettingsError(f"export: {path} does not hold the settings of a run; give another checkpoint")
+    return precision
+
+
+def _check_model(checkpoint: Path) -> None:
+    """Of a model that can be trained, the classes are our own, and no code of the checkpoint's is asked for."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["actor"]["precision"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise SettingsError(f"export: {path} does not hold the settings of a run; give another checkpoint") from error
+        read_config(checkpoint / MODEL_FOLDER)
+    except SettingsError as error:
+        reason = str(error).removeprefix("model.path: ")
+        raise SettingsError(f"export: {reason}") from error
 
 
 @contextmanager

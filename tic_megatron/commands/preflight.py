@@ -46,7 +46,8 @@ class TrainInputs:
     """What preflight has loaded, so that nothing is loaded twice.
 
     `model_dir`: the model's local directory, of a hub model too; `warnings`: lines for the user, who may go on; `checkpoint`:
-    what the run continues from, None when it starts afresh, and `step` of it; `damaged`: why newer ones were passed over.
+    what the run continues from, None when it starts afresh, and `step` of it; `damaged`: why newer ones were passed over;
+    `restart`: whether a driver has failed before.
     """
 
     model_dir: Path
@@ -59,6 +60,7 @@ class TrainInputs:
     checkpoint: Path | None
     step: int
     damaged: list[str]
+    restart: bool = False
 
 
 def preflight(settings: Settings) -> TrainInputs:

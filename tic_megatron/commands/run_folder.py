@@ -120,6 +120,8 @@ def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
     """What a driver starts with: the checkpoint's state, or a new one; with the programs that it will run, and without
     accuracies that those to come cannot be compared with."""
     state = load_state(checkpoint) if checkpoint else RunState()
+    if settings.run.resume != "auto":
+        state.resume = settings.run.resume
     state.programs = digest_programs(settings)
     if checkpoint and (checkpoint / SETTINGS_FILE).exists() and _measures_otherwise(_all_changes(checkpoint, settings)):
         state.accuracy_before, state.benchmarks_before = None, {}
@@ -174,7 +176,7 @@ def _check_metrics(path: Path) -> None:
     advice = "restore it from a copy, or give another --run.dir"
     try:
         rows = read_metrics(path)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error) if str(path) in str(error) else f"{path} is not a file of metrics"
         raise SettingsError(f"run.dir: {reason}; {advice}") from error
     for number, row in enumerate(rows, 1):

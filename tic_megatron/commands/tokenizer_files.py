@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tic_megatron.checkpoints import MODEL_FOLDER
 from tic_megatron.commands.model_files import check_token_ids, read_config, read_json
+from tic_megatron.commands.remote_code import check_remote_code
 from tic_megatron.config import CHAT_TEMPLATES, ModelSettings, SettingsError
 from tic_megatron.config_checks import shorten
 from tic_megatron.data.chat_template import set_chat_template
@@ -62,7 +63,14 @@ def check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig, direc
     """Refuse to continue a checkpoint with a model of another configuration; its path may be another one."""
     if checkpoint is None or not (checkpoint / MODEL_FOLDER / "config.json").exists():
         return
-    there = hf_config.__class__.from_pretrained(checkpoint / MODEL_FOLDER).to_dict()
+    place = checkpoint / MODEL_FOLDER
+    check_remote_code(place, trusted=trusted)
+    try:
+        there = hf_config.__class__.from_pretrained(place, local_files_only=True).to_dict()
+    except Exception as error:  # transformers lets all kinds through
+        raise SettingsError(
+            f"run.resume: {place / 'config.json'} cannot be used ({_reason(error)}); give another checkpoint"
+        ) from error
     here = hf_config.to_dict()
     changed = [key for key in sorted({*there, *here} - OF_THE_FILE) if there.get(key) != here.get(key)]
     if changed:
@@ -71,9 +79,9 @@ def check_same_model(checkpoint: Path | None, hf_config: PretrainedConfig, direc
             f"model.path: the configuration is not that of the model of {checkpoint}: it differs in {shown}; give the model that "
             "the run began with, or another --run.dir"
         )
-    ends = {place: _end_tokens(place, trusted=trusted) for place in (checkpoint / MODEL_FOLDER, directory)}
+    ends = {folder: _end_tokens(folder, trusted=trusted) for folder in (place, directory)}
     if len({*ends.values()}) > 1:
-        listed = ", ".join(f"{end} in {place}" for place, end in ends.items())
+        listed = ", ".join(f"{end} in {folder}" for folder, end in ends.items())
         raise SettingsError(
             f"model.path: responses would end elsewhere than those of {checkpoint}: the end tokens are {listed} "
             "(generation_config.json and the tokenizer); give the model that the run began with, or another --run.dir"

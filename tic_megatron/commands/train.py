@@ -35,6 +35,7 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         # Until another process leaves the folder, what there is to continue from may change.
         locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
+        settings = _as_it_left(settings)
         with taking_signals(lambda number: _leave(settings, number, "the same command continues")):
             inputs = preflight(settings)
             if not locked:
@@ -48,12 +49,25 @@ def run(settings: Settings) -> int:
         return _supervised(settings, inputs, folder)
 
 
+def _as_it_left(settings: Settings) -> Settings:
+    """The same command again, of a run that was told to leave: it goes on, where `run.resume` would have it begin again."""
+    folder, resume = Path(settings.run.dir), settings.run.resume
+    own = Checkpoints(folder, settings.trainer.keep_checkpoints)
+    if resume == "auto" or not _is_file(folder / MARKER) or not own.comes_from(resume):
+        return settings
+    say(
+        f"run.resume {resume}: this run began so, and was told to leave ({folder / MARKER}): it continues from its own last "
+        "checkpoint; remove that file to begin so again"
+    )
+    return replace(settings, run=replace(settings.run, resume="auto"))
+
+
 def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     code = supervise(
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
         last_step=lambda: last_step(folder / METRICS_FILE),
-        leave=lambda number: _leave(settings, number, _what_continues(settings)),
+        leave=lambda number: _leave(settings, number, _what_continues(settings, left=True)),
         note=say,
     )
     if code != 0:
@@ -76,12 +90,15 @@ def _leave(settings: Settings, number: signal.Signals, what_continues: str) -> i
     return 0
 
 
-def _what_continues(settings: Settings) -> str:
-    """Once the run has a checkpoint of its own, `run.resume` would have it begin again at another one, or refuse to."""
+def _what_continues(settings: Settings, *, left: bool) -> str:
+    """Once the run has a checkpoint of its own, `run.resume` would have it begin again at another one, or refuse to, unless it
+    has `left` with a marker."""
     resume = settings.run.resume
-    own = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).last_step()
+    checkpoints = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints)
+    own = checkpoints.last_step()
     began_at = load_state(Path(resume)).step if (Path(resume) / "state.json").exists() else 0
     drop = resume == "never" or (resume != "auto" and 0 < own >= began_at)
+    drop = drop and not (left and checkpoints.comes_from(resume))
     return f"the same command{' without --run.resume' if drop else ''} continues"
 
 
@@ -92,16 +109,19 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
     def work() -> int:
         from tic_megatron.trainer import train
 
-        summary = train(settings, _continue(inputs, settings) if attempt else inputs)
+        summary = train(settings, replace(_continue(inputs, settings), restart=True) if attempt else inputs)
         if summary is None:
-            say(f"{(folder / MARKER).read_text().strip()}; {_what_continues(settings)}")
+            line = "left as it was told to"
+            with suppress(OSError):  # whoever watches for the marker may have taken it
+                line = (folder / MARKER).read_text().strip()
+            say(f"{line}; {_what_continues(settings, left=True)}")
         else:
             with suppress(OSError, SystemExit):  # nobody reads it: rich would end the process
                 print_summary(summary, folder)
         return 0
 
     def interrupted() -> str:
-        return f"{_what_continues(settings)} from the last checkpoint in {folder}"
+        return f"{_what_continues(settings, left=False)} from the last checkpoint in {folder}"
 
     return drive(work, folder, what="run", interrupted=interrupted)
 

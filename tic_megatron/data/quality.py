@@ -63,8 +63,7 @@ def report_skipped_updates(
     """What was skipped in a step of `n_updates`, one line each, naming the prompts.
 
     Raises:
-        TooManyBadTrajectoriesError: more than `max_fraction` of the step's trajectories have log-probs that are not finite,
-            or every update's gradient was bad by itself.
+        TooManyBadTrajectoriesError: more than `max_fraction` of the step's trajectories have log-probs that are not finite.
     """
     total = sum(len(group.trajectories) for group in groups)
     bad = [prompt for update in skipped for prompt in update.bad_prompts]
@@ -81,11 +80,6 @@ def report_skipped_updates(
             reason = "its loss or gradient is not finite, though all log-probs are"
             prompts = [group.prompt.id for group in split_into_mini_batches(groups, n_updates)[update.index]]
         lines.append(f"update {update.index + 1} of {n_updates} was skipped: {reason} (prompts {_some(prompts)})")
-    if len(skipped) == n_updates and not bad:
-        raise TooManyBadTrajectoriesError(
-            f"no update of the step could be applied; the first: {lines[0]}; lower actor.learning_rate, or use another "
-            "actor.precision"
-        )
     return lines
 
 

@@ -312,7 +312,7 @@ def _arrow_rows(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], place: s
             raise SettingsError(f"{place}: has the field {double!r} twice; change one of the names")
         try:
             rows: Iterable[dict[str, Any]] = batch.to_pylist()
-        except ValueError:  # not UTF-8, or a date that Python does not have: find the row
+        except (ValueError, OverflowError):  # not UTF-8, or a date that Python does not have: find the row
             rows = (_arrow_row(batch.slice(index, 1), f"{place}: row {first + index}") for index in range(batch.num_rows))
         for number, row in enumerate(rows, first):
             yield Row(row, f"{place}: row {number}", file, number)
@@ -323,7 +323,7 @@ def _arrow_row(batch: pyarrow.RecordBatch | pyarrow.Table, where: str) -> dict[s
     for name in batch.schema.names:
         try:
             batch.select([name]).to_pylist()
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise SettingsError(
                 f"{where}: field {name!r} holds a value that is no text or number; correct or remove it"
             ) from error

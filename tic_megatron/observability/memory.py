@@ -46,13 +46,13 @@ class MemoryLog:
         self._peaks: dict[str, int] = {}
 
     def log(self, step: int, phase: str, *, actors: Sequence[Usage | None], engines: Sequence[Sequence[Usage] | None]) -> None:
-        """Write the line of a phase that has ended.
+        """Write the line of a phase that has ended. A line that the disk does not take is left out.
 
         Args:
             actors: per rank; None for one that did not answer in time.
             engines: per engine, its processes: the tensor-parallel ranks, and the one around them if that is another.
         """
-        with self._path.open("a", encoding="utf-8") as stream:
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "phase": phase, "actors": actors, "engines": engines}) + "\n")
         self._note("actor", [usage for usage in actors if usage])
         self._note("engine", [usage for processes in engines if processes for usage in processes])

@@ -10,8 +10,11 @@ import importlib.util
 import json
 import math
 import os
+import threading
 import time
 import uuid
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +66,8 @@ class MetricsLogger:
         check_logging(settings)
         self._path = Path(run_dir) / METRICS_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._waiting = b""  # rows that the disk has not taken
+        self._writing = threading.Lock()
         self._sinks: list[_Sink] = []
         if settings.tensorboard:
             self._sinks.append(_TensorBoard(self._path.parent / "tensorboard"))
@@ -70,17 +75,39 @@ class MetricsLogger:
             self._sinks.append(_WeightsAndBiases(self._path.parent, settings.wandb_project, run_name, config))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the row of a step; on disk when this returns. Values that are not finite become null."""
+        """Append the row of a step; on disk when this returns. Values that are not finite become null.
+
+        Raises OSError when the disk does not take it. The row is kept then, and comes with the next one, or by `flush`.
+        """
         row: Row = {"step": step}
         for name, value in metrics.items():
             number = float(value)
             row[name] = number if math.isfinite(number) else None
-        with open(self._path, "a", encoding="utf-8", newline="\n") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self._writing:
+            self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
         for sink in self._sinks:
-            sink.log(step, {name: value for name, value in row.items() if name != "step" and value is not None})
+            with suppress(OSError):  # its curves lack a point then
+                sink.log(step, {name: value for name, value in row.items() if name != "step" and value is not None})
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait, if any: all or none. From any thread. Raises OSError."""
+        with self._writing:
+            if not self._waiting:
+                return
+            with open(self._path, "ab", buffering=0) as stream:
+                end = stream.tell()
+                try:
+                    view = memoryview(self._waiting)
+                    while view:
+                        view = view[stream.write(view) :]
+                    os.fsync(stream.fileno())
+                except OSError as error:
+                    with suppress(OSError):
+                        os.ftruncate(stream.fileno(), end)
+                    error.filename = error.filename or str(self._path)
+                    raise
+            self._waiting = b""
 
     def truncate_after(self, step: int) -> list[tuple[int, dict[str, float]]]:
         """Forget the rows of later steps, as the run continues after this one; those that are left, as they were logged."""
@@ -93,7 +120,9 @@ class MetricsLogger:
         return [(int(row.pop("step")), {name: math.nan if x is None else x for name, x in row.items()}) for row in kept]
 
     def close(self) -> None:
-        """Flush and end all loggers."""
+        """End all loggers."""
+        with suppress(OSError):  # then no checkpoint counts on these rows
+            self.flush()
         for sink in self._sinks:
             sink.close()
 
@@ -110,15 +139,20 @@ class _TensorBoard:
     def __init__(self, directory: Path) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(directory))
+        self._open = partial(EventFileWriter, str(directory))
+        self._writer = self._open()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self._writer.flush()
+        try:
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._writer.flush()
+        except OSError:
+            self._writer = self._open()  # one that has failed does nothing any more
+            raise
 
     def truncate_after(self, step: int) -> None:
         """A START mark at step N+1 makes TensorBoard drop what earlier files hold from there on."""

@@ -71,7 +71,9 @@ class ProgressDisplay:
         self._phase = name
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, whatever characters a model or a library has put into it."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._live is not None:
             with suppress(OSError):
                 self._console.print(text, markup=False, highlight=False)

@@ -44,7 +44,8 @@ class Endpoint:
         if not valid or any(character.isspace() for character in url):
             place = url.partition("?")[0].rpartition("@")[2][:60]  # without a password or key
             raise SettingsError(f"reward.function: {place!r} is no address; give http://HOST:PORT/PATH")
-        secrets = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if looks_secret(name)]
+        named = [name for part in (parts.query, parts.fragment) for name, _ in parse_qsl(part, keep_blank_values=True)]
+        secrets = [name for name in named if looks_secret(name)]
         if parts.username is not None or parts.password is not None or secrets:
             raise SettingsError(
                 f"reward.function: the address of {parts.hostname} holds a name, password or key, which would be written down; "

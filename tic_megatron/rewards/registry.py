@@ -172,7 +172,7 @@ def shown(value: Any) -> str:
 def describe(error: BaseException) -> str:
     """An exception on one line; its own `__str__` may fail."""
     try:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()  # a half of a character may be in it
     except Exception:
         text = "unprintable"
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Without what looks like a secret, such as HF_TOKEN or WANDB_API_KEY: graders work on what a model has written."""
-    return {name: value for name, value in environment.items() if not looks_secret(name)}
+    return {name: value for name, value in environment.items() if not looks_secret(name, value)}
 
 
 def _kept_secrets(source: RewardTerm, settings: RewardSettings) -> dict[str, str]:

@@ -148,12 +148,12 @@ class EngineGroup:
         top_p: float,
         max_tokens: int,
         seed: int,
-        finished: Callable[[Group], None] = lambda group: None,
+        finished: Callable[[list[Group]], None] = lambda groups: None,
     ) -> Rollout:
         """Sample `group_size` responses to every prompt.
 
         A prompt's samples depend on the weights, the arguments and its place in `prompts`, not on the number of engines.
-        Temperature 0 is greedy, with `group_size` 1. `finished` is called with every group as soon as it is there.
+        Temperature 0 is greedy, with `group_size` 1. `finished` is called with groups as soon as they are there.
         """
         return self._run(prompts, _requests(prompts, group_size, temperature, top_p, max_tokens, seed), self._dispatch, finished)
 
@@ -261,7 +261,7 @@ class EngineGroup:
         prompts: list[Prompt],
         requests: list[SampleRequest],
         dispatch: Dispatch,
-        finished: Callable[[Group], None] = lambda group: None,
+        finished: Callable[[list[Group]], None] = lambda groups: None,
     ) -> Rollout:
         groups: dict[int, Group] = {}
 
@@ -269,7 +269,7 @@ class EngineGroup:
             groups[number] = group = self._group(prompts[number], response)
             self._lengths[group.prompt.token_ids] = sum(t.response_length for t in group.trajectories) / len(group.trajectories)
             if not dispatch.as_a_whole:
-                finished(group)
+                finished([group])
 
         for attempt in itertools.count(1):
             if not self.enough_serve():
@@ -291,8 +291,8 @@ class EngineGroup:
                 if attempt == MOST_ATTEMPTS:
                     message = f"{attempt} times in a row an engine was lost in the same rollout ({error})"
                     raise WorkerError(message, may_pass=True) from error
-        for number in sorted(groups) if dispatch.as_a_whole else ():
-            finished(groups[number])
+        if dispatch.as_a_whole:
+            finished([groups[number] for number in sorted(groups)])
         set_aside = [(prompts[number], reason) for number, reason in sorted(outcome.set_aside.items())]
         return Rollout([groups[number] for number in sorted(groups)], set_aside, outcome)
 

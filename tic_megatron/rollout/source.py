@@ -116,9 +116,10 @@ class SampledRollouts:
     def wait(self, actors, version: int) -> None:
         """Until the responses, and their rewards, are there. Raises what went wrong."""
         self._latest = (actors, version)
-        if self._under_way is not None:
-            self._under_way.responses()
-            self._under_way.grader.finish()
+        made = self._under_way or self._collected
+        if made is not None:
+            made.responses()
+            made.grader.finish()
 
     def collect(self) -> list[Group]:
         """The groups, without the prompts that were set aside, which are named. WorkerError when all of a step's were."""
@@ -146,8 +147,8 @@ class SampledRollouts:
         made = self._under_way or self._collected
         if not self.settings.rollout.steps_ahead or self._step <= trained or self._refill:
             return None
-        if made is None or made.at_work or made.failed:
-            return None
+        if made is None or not made.ready:
+            return None  # to wait is for `wait`, when the step that was trained is safe
         return PendingRollout.of(self._step, made.responses(), made.grader.finish())
 
     def restore(self, pending: PendingRollout) -> None:
@@ -304,9 +305,9 @@ class _UnderWay:
         return not self._ended.is_set()
 
     @property
-    def failed(self) -> bool:
-        """Whether there will be no rollout."""
-        return self._error is not None
+    def ready(self) -> bool:
+        """Whether the rollout and its rewards are there."""
+        return not self.at_work and self._error is None and self.grader.finished
 
     def responses(self) -> Rollout:
         """Wait for the responses; the actors are the thread's meanwhile."""
@@ -349,7 +350,7 @@ class _UnderWay:
 class _Restored:
     """A rollout that was made before the run was interrupted, in the place of one under way; also in that of its grader."""
 
-    at_work = failed = False
+    at_work, ready = False, True
 
     def __init__(self, pending: PendingRollout, prompts: list[Prompt]) -> None:
         self.grader = self

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tic_megatron.rendezvous import open_store
 from tic_megatron.weights.wire import SharedMemoryBuffer, make_group
 
 N_SLOTS = 2
@@ -140,7 +140,7 @@ class BroadcastSendBuffer:
 
     def open(self, host: str, timeout_s: float) -> dict[str, Any]:
         """Start to listen; what receivers need to join. `source` numbers the senders."""
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        self._store = open_store(host, timeout_s)
         return {"source": self._source, "host": host, "port": self._store.port, "timeout_s": timeout_s}
 
     def connect(self, n_receivers: int, timeout_s: float) -> None:

@@ -7,11 +7,9 @@ import registers the weight-transfer backend `tic_megatron`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -25,6 +23,7 @@ from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 from vllm.platforms import current_platform
 
 from tic_megatron.observability.memory import process_memory
+from tic_megatron.rendezvous import join_store
 from tic_megatron.weights.vllm_cpu_experts import apply_expert_map
 from tic_megatron.weights.wire import Bucket, SharedMemoryBuffer, TensorAssembler, block_digest, make_group
 
@@ -72,7 +71,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._groups = {}
         for source in sources:
             timeout_s = source["timeout_s"]
-            store = TCPStore(source["host"], source["port"], is_master=False, timeout=timedelta(seconds=timeout_s))
+            store = join_store(source["host"], source["port"], timeout_s)
             self._groups[source["source"]] = make_group(store, 1 + rank, 1 + n_receivers, self.device, timeout_s)
 
     def start_weight_update(self) -> None:

@@ -38,7 +38,7 @@ from transformers import AutoConfig
 
 from tic_megatron.actors.megatron.backend import MegatronBackend
 from tic_megatron.actors.megatron.export import WeightExporter
-from tic_megatron.actors.megatron.metadata import check_metadata
+from tic_megatron.actors.megatron.metadata import check_common, check_metadata
 from tic_megatron.actors.megatron.model import PolicyModel, build_model, transformer_config
 from tic_megatron.actors.megatron.optimizer_state import OptimizerState
 from tic_megatron.actors.megatron.parameters import LocalWeights
@@ -139,7 +139,7 @@ def load_weights(parts: list[PolicyModel], directory: Path) -> None:
 
 def export_hf(settings: Settings, device: torch.device, actors: Path, directory: Path) -> int:
     """Write the weights of a checkpoint beside the `config.json` of `directory`, by one rank; the number of tensors."""
-    hf = AutoConfig.from_pretrained(directory)
+    hf = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     config = transformer_config(hf, settings.actor)
     parts = [part.to(device) for part in build_model(hf, config)]
     load_weights(parts, actors)
@@ -153,6 +153,7 @@ def export_hf(settings: Settings, device: torch.device, actors: Path, directory:
 
 def _read(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
     check_metadata(directory / ".metadata")
+    check_common(directory / COMMON_STATE_FNAME)
     # Its check of who reads what is for ranks that read all of the optimizer's state.
     return dist_checkpointing.load(sharded, str(directory), validate_access_integrity=False)
 

@@ -1,7 +1,8 @@
-"""A checkpoint's `.metadata` is a pickle: only checkpoint classes may come out of it."""
+"""A checkpoint's pickles: only checkpoint classes may come out of `.metadata`, and nothing out of `common.pt`."""
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,30 @@ def check_metadata(file: Path) -> None:
         raise pickle.UnpicklingError(f"the checkpoint's entry {others[0]} is no tensor, and none of ours is anything else")
 
 
-class _CheckpointUnpickler(pickle.Unpickler):
+def check_common(file: Path) -> None:
+    """Raise UnpicklingError if a checkpoint's archive of what is common to all ranks holds anything; in ours nothing is.
+
+    Megatron leaves it to the environment (`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`) whether it may hold any pickle.
+    """
+    if torch.load(file, weights_only=True) != {}:
+        raise pickle.UnpicklingError(f"the checkpoint's {file.name} is not empty, as it is in all of ours")
+
+
+class _CheckpointUnpickler(pickle._Unpickler):
+    """The one of the standard library that is written in Python, for one more check: a pickle can also set attributes of what it
+    names, functions and classes, and these would still be set when torch reads the file for itself."""
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's .metadata asks for {module}.{name}, which no checkpoint needs")
+
+    def load_build(self) -> None:
+        """Give an object its state; only instances of the checkpoint's own data classes have one."""
+        changed = self.stack[-2]
+        if not dataclasses.is_dataclass(type(changed)):
+            raise pickle.UnpicklingError(f"the checkpoint's .metadata changes {changed!r}, which no checkpoint needs")
+        super().load_build()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012

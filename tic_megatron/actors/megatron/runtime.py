@@ -13,20 +13,6 @@ from tic_megatron.actors.megatron import cpu
 from tic_megatron.config import ActorSettings
 
 
-def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """The store by which ranks find each other, on a free port (`.port`) of this process, that of rank 0.
-
-    Rank 0 listens before anybody is told of the port: of one that is only looked up, another process may take possession.
-    """
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s))
-
-
-def join_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """The store that rank 0 has opened at `host:port`."""
-    host, port = address.rsplit(":", 1)
-    return dist.TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=timeout_s))
-
-
 def initialize(
     rank: int, world_size: int, store: dist.Store, settings: ActorSettings, *, seed: int, timeout_s: float
 ) -> torch.device:
