@@ -174,7 +174,7 @@ def test_no_marker_can_be_left(tmp_path, capfd):
     (tmp_path / "file").touch()
     settings = Settings()
     settings.run.dir = str(tmp_path / "file" / "run")
-    assert train_command._leave(settings, signal.SIGTERM, "the same command continues") == 1
+    assert train_command._leave(settings, signal.SIGTERM) == 1
     assert "without a marker: Not a directory" in capfd.readouterr().err
 
 
@@ -213,4 +213,4 @@ def test_what_continues(tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         if own:
             (tmp_path / "run" / "checkpoints" / f"step_{own}").mkdir(parents=True)
-        assert ("without --run.resume" in train_command._what_continues(settings, left=False)) == without, (resume, own)
+        assert ("without --run.resume" in train_command._what_continues(settings)) == without, (resume, own)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, make_run, moved_reward, rewrite
+from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, flip, make_run, moved_reward, rewrite
 from tests.models import make_tiny_qwen3
 from tests.workspace import make_workspace, settings_of
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.commands.run_folder import begin_state, check_run_folder, find_checkpoint, record_changes
-from tic_megatron.commands.train import _as_it_left, _continue
+from tic_megatron.commands.train import _continue, _what_continues
 from tic_megatron.config import SettingsError
+from tic_megatron.preemption import mark, unmark
 
 
 @pytest.fixture
@@ -59,20 +60,53 @@ def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_a_later_on
 
 
 @pytest.mark.parametrize("resume", ["never", STEP_1])
-def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, monkeypatch, capsys, resume):
-    """Where the same command without the marker goes back once more, or is refused."""
+def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, resume):
+    """Where the same command without the marker goes back once more, or is refused; from checkpoints of its own only."""
     make_run(workspace)
-    command = [*workspace.base[1:], f"--run.resume={resume}"]
-    settings = settings_of(*command).resolve()
-    (workspace.root / "run" / "requeue").write_text("left at SIGTERM after step 2\n")
-    assert _as_it_left(settings) == settings  # this run has begun in another way: somebody wants to go back
-    for step in (STEP_1, STEP_2):
-        state = json.loads((workspace.root / step / "state.json").read_text())
-        rewrite(f"{step}/state.json", json.dumps(state | {"resume": settings.run.resume}))(workspace)
-    assert _as_it_left(settings).run.resume == "auto" and settings.run.resume != "auto"
-    assert "continues from its own last checkpoint; remove" in capsys.readouterr().err
-    assert find_checkpoint(_as_it_left(settings))[1].step == 2
-    assert begin_state(workspace.root / STEP_2, _as_it_left(settings)).resume == settings.run.resume  # and when it leaves again
-    (workspace.root / "run" / "requeue").unlink()
-    assert _as_it_left(settings) == settings
-    assert begin_state(workspace.root / STEP_2, settings).resume == settings.run.resume
+    run = workspace.root / "run"
+    settings = settings_of(*workspace.base[1:], f"--run.resume={resume}").resolve()
+    given = settings.run.resume
+
+    def began_so(*steps):
+        for step in (STEP_1, STEP_2):
+            state = json.loads((workspace.root / step / "state.json").read_text())
+            rewrite(f"{step}/state.json", json.dumps(state | {"resume": given if step in steps else "auto"}))(workspace)
+
+    def step_of_the_next():
+        check_run_folder(settings)
+        return find_checkpoint(settings)[1].step
+
+    def begins_again():
+        if resume != "never":
+            return step_of_the_next() == 1 and "without --run.resume" in _what_continues(settings)
+        with pytest.raises(SettingsError, match="holds a run already"):
+            check_run_folder(settings)
+        return True
+
+    mark(run, "SIGTERM", 2)
+    assert begins_again()  # the folder's run has begun in another way: somebody wants to go back
+    began_so(STEP_1, STEP_2)
+    assert step_of_the_next() == 2 and "without" not in _what_continues(settings)
+    assert begin_state(workspace.root / STEP_2, settings).resume == given  # and when it leaves again
+    began_so(STEP_2)
+    flip(f"{STEP_2}/state.json".replace("state.json", "actors/__0_0.distcp"))(workspace)
+    with pytest.raises(SettingsError, match="step_2 is damaged"):
+        step_of_the_next()  # the first step's is another run's
+    flip(f"{STEP_2}/actors/__0_0.distcp")(workspace)
+    began_so(STEP_1, STEP_2)
+    mark(run, "SIGTERM", 2, begun=False)
+    assert begins_again()  # it was told to leave before it had gone back
+    unmark(run)
+    assert begins_again()
+
+
+def test_a_run_that_never_goes_on_may_be_told_to_leave_before_its_first_step(workspace):
+    settings = settings_of(*workspace.base[1:], "--run.resume=never").resolve()
+    run = workspace.root / "run"
+    run.mkdir()
+    settings.save(run / "config.yaml")
+    with pytest.raises(SettingsError, match="holds a run already"):
+        check_run_folder(settings)
+    mark(run, "SIGTERM", 0)
+    check_run_folder(settings)
+    assert find_checkpoint(settings)[0] is None and "without" not in _what_continues(settings)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tic_megatron.config import SettingsError
 from tic_megatron.observability.files import disk_problem, lower_priority
+from tic_megatron.preemption import has_left
 
 MANIFEST = "manifest.json"
 UNFINISHED, PENDING = ".unfinished", ".pending"
@@ -182,13 +183,12 @@ class Checkpoints:
         """Of the newest, intact or not; 0 without any."""
         return max(map(_step_of, self._all()), default=0)
 
-    def comes_from(self, resume: str) -> bool:
-        """Whether the newest is of a run that `--run.resume` began in this folder: `never`, or the path of a checkpoint."""
-        newest = self._all()[-1:]
-        try:
-            return bool(newest) and load_state(newest[0]).resume == resume
-        except (OSError, ValueError, TypeError, RecursionError):
-            return False
+    def left(self, resume: str) -> list[Path]:
+        """Those, by step, of a run that `--run.resume` (`never`, or a path) began in this folder, and that has left when it was
+        told to: the same command goes on from them. It would begin again without the marker."""
+        if resume == "auto" or not has_left(self.folder.parent):
+            return []
+        return [path for path in self._all() if (state := state_or_none(path)) is not None and state.resume == resume]
 
     def _set_aside(self, checkpoint: Path) -> None:
         names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
@@ -211,15 +211,16 @@ class Checkpoints:
 
         Raises SettingsError when a named one is not there or damaged, and when all are damaged.
         """
-        if resume == "never":
+        left = self.left(resume)
+        if resume == "never" and not left:
             return None, []
-        if resume != "auto":
+        if resume != "auto" and not left:
             problem = find_damage(Path(resume))
             if problem:
                 raise SettingsError(f"run.resume: {problem}; give auto, never or another of checkpoints/step_N")
             return Path(resume), []
         problems: list[str] = []
-        for checkpoint in reversed(self._all()):
+        for checkpoint in reversed(left or self._all()):
             problem = find_damage(checkpoint)
             if problem is None:
                 return checkpoint, problems
@@ -318,3 +319,11 @@ def _sync(path: Path) -> None:
 def load_state(checkpoint: Path) -> RunState:
     """The driver's part of a checkpoint."""
     return RunState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
+def state_or_none(checkpoint: Path) -> RunState | None:
+    """The same, before anything has been checked."""
+    try:
+        return load_state(checkpoint)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tic_megatron.config import Settings, SettingsError
+from tic_megatron.preemption import kept_from_children
 from tic_megatron.remote import WorkerError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -96,7 +98,8 @@ def start_cluster(settings: Settings, *, actors: bool = True, restart: bool = Fa
         if not on_gpu:
             options["object_store_memory"] = OBJECT_STORE_BYTES
     with closed_to_others() if local else nullcontext():
-        _connect(settings.cluster.address or "local", options)
+        with kept_from_children():
+            _connect(settings.cluster.address or "local", options)
         groups: list[PlacementGroup] = []
         try:
             for what, bundles in _wanted(settings, actors=actors).items():
@@ -173,7 +176,10 @@ def _wanted(settings: Settings, *, actors: bool = True) -> dict[str, list[dict[s
 def _reserve(what: str, bundles: list[dict[str, float]], patience_s: float | None = None) -> PlacementGroup:
     """`patience_s`: of a run that had its places before."""
     group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_seconds=RESERVE_TIMEOUT_S if patience_s is None else patience_s):
+    end = time.monotonic() + (RESERVE_TIMEOUT_S if patience_s is None else patience_s)
+    while not (placed := group.wait(timeout_seconds=1.0)) and time.monotonic() < end:
+        pass  # Ray's wait lets no signal through
+    if not placed:
         have, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}s" for kind in bundles[0])
         remove_placement_group(group)

@@ -12,6 +12,7 @@ from tic_megatron.observability.files import atomic_writer
 
 MARKER = "requeue"
 """File in the run folder of a run that was told to leave, for whoever decides whether to queue it again."""
+NOT_BEGUN = ", before it began"
 
 
 class Preempted(BaseException):
@@ -35,16 +36,6 @@ class Preemption:
         """From now on. In the main thread, and again after libraries that take the signals for themselves (Ray)."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._come)
-
-    @contextmanager
-    def kept_from_children(self) -> Iterator[None]:
-        """Around starting what starts processes: they, and what they start, never get SIGUSR1, which srun sends to all processes
-        of a job's step. One that came meanwhile comes at the end."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def check(self) -> None:
         """Raise Preempted if a signal has come."""
@@ -72,6 +63,17 @@ class Preemption:
 
 
 @contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Around starting what starts processes: they, and what they start, never get SIGUSR1, which srun sends to all processes of a
+    job's step. One that came meanwhile comes at the end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+@contextmanager
 def taking_signals(leave: Callable[[signal.Signals], int]) -> Iterator[None]:
     """Around the checks before a run, in which there is nothing to save, and which may take minutes: when told to leave, the
     process ends with the code that `leave` returns. In the main thread."""
@@ -92,10 +94,19 @@ def taking_signals(leave: Callable[[signal.Signals], int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def mark(run_dir: Path, signal_name: str, step: int) -> None:
-    """Leave the marker, a line of text."""
+def mark(run_dir: Path, signal_name: str, step: int, *, begun: bool = True) -> None:
+    """Leave the marker, a line of text. `begun`: whether the folder is this command's run already, and not an older one's that it
+    was about to go back from."""
     with atomic_writer(run_dir / MARKER) as file:
-        file.write(f"left at {signal_name} after step {step}\n")
+        file.write(f"left at {signal_name} after step {step}{'' if begun else NOT_BEGUN}\n")
+
+
+def has_left(run_dir: Path) -> bool:
+    """Whether the folder's run has been told to leave, and not gone on since."""
+    try:
+        return not (run_dir / MARKER).read_text(encoding="utf-8").rstrip().endswith(NOT_BEGUN)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def unmark(run_dir: Path) -> None:

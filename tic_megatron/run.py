@@ -89,6 +89,7 @@ class Run:
         self.checkpoints.set_aside_after(self.state.step, checkpoint)
         self._saved = self.state.step if checkpoint and self.checkpoints.is_own(checkpoint) else None
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
+        unmark(self.dir)
         self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)
         if self.state.cursor:
             self.cursor.load_state_dict(self.state.cursor, allow_other_prompts="data.train" in settings.run.allow_change)
@@ -107,8 +108,7 @@ class Run:
             for accuracy in list(self._accuracies_before().values())[:1]:
                 self.progress.accuracy(accuracy)
         self.progress.phase("starting Ray, actors and engines")
-        with self.preemption.kept_from_children():
-            cluster = self._stack.enter_context(start_cluster(settings, restart=self.inputs.restart))
+        cluster = self._stack.enter_context(start_cluster(settings, restart=self.inputs.restart))
         # Ray has taken it. In the start there is nothing to save: a signal ends the process, and the launcher leaves the marker.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.actors = ActorGroup.start(settings, cluster, log_dir=log_dir)
@@ -124,7 +124,6 @@ class Run:
             self.rollouts.use_weights(self.actors, version=self.state.step)
         self.log_memory(self.state.step, "start")
         self.preemption.listen()
-        unmark(self.dir)
 
     def _restore_pending(self, checkpoint: Path) -> None:
         folder, problem = find_pending(checkpoint)

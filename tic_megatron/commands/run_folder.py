@@ -14,7 +14,7 @@ from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, load_
 from tic_megatron.config import CHAT_TEMPLATES, GRADING_ONLY, RewardSettings, Settings, SettingsError
 from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
-from tic_megatron.preemption import MARKER
+from tic_megatron.preemption import MARKER, has_left
 from tic_megatron.rewards.user_functions import digest_files
 
 CHANGES_FILE = "changes.jsonl"
@@ -53,7 +53,8 @@ def check_run_folder(settings: Settings) -> None:
     if settings.run.dir == settings.model.path:
         raise SettingsError(f"run.dir: {folder} is model.path too; give the run a folder of its own")
     resume = settings.run.resume
-    if resume not in ("auto", "never"):
+    left = Checkpoints(folder, settings.trainer.keep_checkpoints).left(resume)
+    if resume not in ("auto", "never") and not left:
         if not Path(resume).exists():
             raise SettingsError(f"run.resume: there is no checkpoint {resume}; give auto, never, or a checkpoint's path")
         origins = (Path(resume), Path(resume).parent.parent)  # a checkpoint has its settings with it; RUN/checkpoints/step_N
@@ -62,7 +63,7 @@ def check_run_folder(settings: Settings) -> None:
             _check_same_run("run.resume", origin, settings)
     if not (folder / "config.yaml").exists() and not has_trained(folder):
         return
-    if resume == "never":
+    if resume == "never" and not left and (has_trained(folder) or not has_left(folder)):
         raise SettingsError(f"run.dir: {folder} holds a run already; give another --run.dir, or --run.resume auto to continue it")
     _check_same_run("run.dir", folder, settings)
     _check_metrics(folder / METRICS_FILE)

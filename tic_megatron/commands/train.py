@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tic_megatron.checkpoints import Checkpoints, load_state
+from tic_megatron.checkpoints import Checkpoints, load_state, state_or_none
 from tic_megatron.commands.driver import LOCK_FILE, drive, lock, say
 from tic_megatron.commands.preflight import TrainInputs, preflight
 from tic_megatron.commands.run_folder import check_programs, has_trained, record_changes
@@ -19,7 +19,7 @@ from tic_megatron.observability.files import atomic_writer, disk_problem
 from tic_megatron.observability.metrics import METRICS_FILE, last_step, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
-from tic_megatron.preemption import MARKER, mark, taking_signals
+from tic_megatron.preemption import MARKER, has_left, mark, taking_signals
 from tic_megatron.rewards.code import level_lines
 from tic_megatron.supervisor import supervise
 
@@ -35,8 +35,8 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         # Until another process leaves the folder, what there is to continue from may change.
         locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
-        settings = _as_it_left(settings)
-        with taking_signals(lambda number: _leave(settings, number, "the same command continues")):
+        begun = settings.run.resume == "auto" or has_left(folder)
+        with taking_signals(lambda number: _leave(settings, number, begun=begun)):
             inputs = preflight(settings)
             if not locked:
                 _lock(folder, stack)
@@ -49,25 +49,12 @@ def run(settings: Settings) -> int:
         return _supervised(settings, inputs, folder)
 
 
-def _as_it_left(settings: Settings) -> Settings:
-    """The same command again, of a run that was told to leave: it goes on, where `run.resume` would have it begin again."""
-    folder, resume = Path(settings.run.dir), settings.run.resume
-    own = Checkpoints(folder, settings.trainer.keep_checkpoints)
-    if resume == "auto" or not _is_file(folder / MARKER) or not own.comes_from(resume):
-        return settings
-    say(
-        f"run.resume {resume}: this run began so, and was told to leave ({folder / MARKER}): it continues from its own last "
-        "checkpoint; remove that file to begin so again"
-    )
-    return replace(settings, run=replace(settings.run, resume="auto"))
-
-
 def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     code = supervise(
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
         last_step=lambda: last_step(folder / METRICS_FILE),
-        leave=lambda number: _leave(settings, number, _what_continues(settings, left=True)),
+        leave=lambda number: _leave(settings, number),
         note=say,
     )
     if code != 0:
@@ -75,30 +62,32 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     return code
 
 
-def _leave(settings: Settings, number: signal.Signals, what_continues: str) -> int:
-    """The driver was told to leave and could not save: what it saved before is what the next one continues from."""
+def _leave(settings: Settings, number: signal.Signals, *, begun: bool = True) -> int:
+    """Told to leave when there was nothing to save, or it could not be: what was saved before is what the next one continues
+    from."""
     if number == signal.SIGINT:
         return 130
     folder = Path(settings.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mark(folder, number.name, last_step(folder / METRICS_FILE))
+        mark(folder, number.name, last_step(folder / METRICS_FILE), begun=begun)
     except OSError as error:
         say(f"error: left at {number.name} without saving, and without a marker: {disk_problem(error, folder)}")
         return 1
-    say(f"left at {number.name} without saving; {what_continues} from the last checkpoint in {folder}")
+    goes_on = f"{_what_continues(settings)} from the last checkpoint in {folder}" if begun else "the same command begins again"
+    say(f"left at {number.name} without saving; {goes_on}")
     return 0
 
 
-def _what_continues(settings: Settings, *, left: bool) -> str:
+def _what_continues(settings: Settings) -> str:
     """Once the run has a checkpoint of its own, `run.resume` would have it begin again at another one, or refuse to, unless it
-    has `left` with a marker."""
-    resume = settings.run.resume
-    checkpoints = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints)
+    has left with a marker."""
+    folder, resume = Path(settings.run.dir), settings.run.resume
+    checkpoints = Checkpoints(folder, settings.trainer.keep_checkpoints)
     own = checkpoints.last_step()
-    began_at = load_state(Path(resume)).step if (Path(resume) / "state.json").exists() else 0
-    drop = resume == "never" or (resume != "auto" and 0 < own >= began_at)
-    drop = drop and not (left and checkpoints.comes_from(resume))
+    began_at = state_or_none(Path(resume))
+    goes_on = checkpoints.left(resume) or (has_left(folder) and not has_trained(folder))
+    drop = (resume == "never" or (resume != "auto" and 0 < own >= (began_at.step if began_at else 0))) and not goes_on
     return f"the same command{' without --run.resume' if drop else ''} continues"
 
 
@@ -114,14 +103,14 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
             line = "left as it was told to"
             with suppress(OSError):  # whoever watches for the marker may have taken it
                 line = (folder / MARKER).read_text().strip()
-            say(f"{line}; {_what_continues(settings, left=True)}")
+            say(f"{line}; {_what_continues(settings)}")
         else:
             with suppress(OSError, SystemExit):  # nobody reads it: rich would end the process
                 print_summary(summary, folder)
         return 0
 
     def interrupted() -> str:
-        return f"{_what_continues(settings, left=False)} from the last checkpoint in {folder}"
+        return f"{_what_continues(settings)} from the last checkpoint in {folder}"
 
     return drive(work, folder, what="run", interrupted=interrupted)
 

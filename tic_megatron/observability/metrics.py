@@ -102,12 +102,13 @@ class MetricsLogger:
                     while view:
                         view = view[stream.write(view) :]
                     os.fsync(stream.fileno())
-                except OSError as error:
+                    self._waiting = b""
+                except BaseException as error:  # an interruption too
                     with suppress(OSError):
                         os.ftruncate(stream.fileno(), end)
-                    error.filename = error.filename or str(self._path)
+                    if isinstance(error, OSError):
+                        error.filename = error.filename or str(self._path)
                     raise
-            self._waiting = b""
 
     def truncate_after(self, step: int) -> list[tuple[int, dict[str, float]]]:
         """Forget the rows of later steps, as the run continues after this one; those that are left, as they were logged."""
