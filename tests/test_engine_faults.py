@@ -68,7 +68,7 @@ def prompts_of(count, *special, tokens=8):
     return prompts
 
 
-def sample(group, prompts, finished=lambda group: None):
+def sample(group, prompts, finished=lambda groups: None):
     return group.sample(prompts, group_size=2, temperature=1.0, top_p=1.0, max_tokens=16, seed=3, finished=finished)
 
 
@@ -94,7 +94,7 @@ def test_a_failing_engine_is_replaced_and_its_prompts_are_issued_again(start, en
     expected = answers(sample(group, prompts_of(12)))
     seen = []
     prompts = prompts_of(12, (deed, fake.ONCE))
-    rollout = sample(group, prompts, seen.append)
+    rollout = sample(group, prompts, seen.extend)
     assert [g.prompt for g in rollout.groups] == prompts and not rollout.set_aside
     assert answers(rollout) == expected
     assert sorted(g.prompt.id for g in seen) == sorted(p.id for p in prompts)  # told once each
@@ -376,7 +376,7 @@ def test_a_deterministic_rollout_that_loses_an_engine_is_made_again_as_a_whole(s
 
     group = start(2, worker=Recording, dispatch="static", deterministic=True)
     seen = []
-    rollout = sample(group, prompts_of(9, (deed, fake.ONCE)), seen.append)
+    rollout = sample(group, prompts_of(9, (deed, fake.ONCE)), seen.extend)
     assert [g.prompt.id for g in rollout.groups] == [g.prompt.id for g in seen] == [f"p{i}" for i in range(9)]
     assert rollout.outcome.reissued == 0 and not rollout.set_aside and group.pool.failures == 1
     assert "the rollout is generated again as a whole" in group.lines[0]
