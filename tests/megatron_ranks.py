@@ -259,6 +259,7 @@ def export_memory(rank: int, world_size: int, store: Store, model: str, max_byte
     before = _kibibytes("VmRSS")
     n_sent = sum(exporter.export(index) is not None for index in range(exporter.begin().n_buckets))
     grown = 1024 * (_kibibytes("VmHWM") - before)
+    torch.distributed.barrier()  # a rank that is slow may not have attached yet; a run's driver waits for all
     exporter.close()
     return {"grown": grown, "buckets": [bucket.nbytes for bucket in exporter.plan], "sent": n_sent}
 

@@ -63,7 +63,7 @@ def graded(options: Settings) -> tuple[list[Group], dict[str, float]]:
         source = SampledRollouts(options, SimpleNamespace(), rewards)
         source._grader = BackgroundGrader(rewards)
         for group in groups:
-            source._grader.add(group)
+            source._grader.add([group])
         report = source.grade(groups)
     return groups, report.metrics() | punished(options, groups)
 

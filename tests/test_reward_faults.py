@@ -111,7 +111,7 @@ def test_whatever_an_isolated_reward_does_costs_its_response_only(hostile: Rewar
     with RewardWorkers(hostile, log) as workers:
         grader = BackgroundGrader(workers)
         for group in groups:
-            grader.add(group)
+            grader.add([group])
         report = grader.finish()
     assert [group.trajectories[0].reward for group in groups] == [1.0] * len(groups)  # their neighbours
     assert [group.trajectories[1].reward for group in groups] == [GOOD.get(response, 0.0) for response in responses]
@@ -231,7 +231,7 @@ def test_the_user_is_told_of_the_first_few(monkeypatch: pytest.MonkeyPatch) -> N
     groups = [group_of(n, "46", ["a", "b"]) for n in range(4)]
     source._grader = BackgroundGrader(rewards)
     for group in groups:
-        source._grader.add(group)
+        source._grader.add([group])
     assert source.grade(groups).metrics() == {"reward/timed_out": 0.0, "reward/failed": 0.0, "reward/invalid": 8.0}
     assert len(notes) == MOST_FAULTS_NAMED + 1
     assert notes[0] == "warning: prompt p:0, response 0: the reward is None (NoneType), not a finite number; it counts 0"

@@ -82,7 +82,7 @@ def test_a_sum_is_the_weighted_sum(style: Path, tmp_path: Path) -> None:
     with RewardWorkers(RewardSettings(function=function, timeout_s=60), tmp_path / "rewards.log") as rewards:
         grader = BackgroundGrader(rewards)
         for group in groups:
-            grader.add(group)
+            grader.add([group])
         report = grader.finish()
     expected = [2 - 0.5 + 1 - 0.25 * 0.1, 2 - 0.25 * 0.9, -0.25 * 0.1, -0.25 * 0.5]
     for group in groups:
