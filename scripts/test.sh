@@ -22,6 +22,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 ruff check .
 ruff format --check .
+mypy
 # In the order of the files, not the one with most tests first: the longest have few.
 exec python -m pytest -n "${TIC_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
   ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}

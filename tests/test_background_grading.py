@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,8 @@ def test_an_error_of_the_background_grading_reaches_the_caller() -> None:
         def grade_groups(self, groups: list[Group]) -> None:
             raise RuntimeError("the graders do not start")
 
-    grader = BackgroundGrader(Broken())
+    workers: Any = Broken()
+    grader = BackgroundGrader(workers)
     grader.add([group_of(0, "7", ["7", "8"])])
     with pytest.raises(RuntimeError, match="the graders do not start"):
         grader.finish()
@@ -53,8 +55,9 @@ def test_what_is_given_together_is_graded_together() -> None:
             calls.append(len(groups))
             return GradeReport(len(groups))
 
+    workers: Any = Counting()
     for _ in range(50):
-        grader = BackgroundGrader(Counting())
+        grader = BackgroundGrader(workers)
         assert not grader.finished
         grader.add([group_of(i, "7", ["7", "8"]) for i in range(16)])
         assert grader.finish().graded == 16 and grader.finished

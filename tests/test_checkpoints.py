@@ -14,6 +14,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
@@ -264,7 +265,7 @@ def test_what_is_moved_aside_takes_a_free_name(saved):
 def test_ranks_that_never_write_cost_the_checkpoint_and_not_the_run(saved):
     settings = Settings()
     settings.cluster.timeout_s = 0.1
-    pool = SimpleNamespace(
+    pool: Any = SimpleNamespace(
         call=lambda method, *_: {"begin_checkpoint": None, "checkpoint_written": [{"entries": []}, None]}[method]
     )
     saved.save(RunState(step=40), ActorGroup(settings, pool, []).begin_checkpoint, write_model)
@@ -383,7 +384,7 @@ def test_the_configuration_says_how_the_weights_are_stored(tmp_path, precision):
     """And not how the base model's were: loaded by that, they would be rounded."""
     settings = Settings(run=RunSettings(dir=str(tmp_path)), actor=ActorSettings(precision=precision))
     base = AutoConfig.for_model("qwen3", dtype="bfloat16")
-    inputs = SimpleNamespace(hf_config=base, tokenizer=make_tokenizer(tmp_path), model_dir=tmp_path)
+    inputs: Any = SimpleNamespace(hf_config=base, tokenizer=make_tokenizer(tmp_path), model_dir=tmp_path)
     Run(settings, inputs)._write_model_files(tmp_path / "hf")
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert (AutoConfig.from_pretrained(tmp_path / "hf").dtype, base.dtype) == (stored, torch.bfloat16)

@@ -23,7 +23,7 @@ from tic_megatron.data.overlap import HeldOutIndex, HeldOutProblem
 from tic_megatron.data.problem_text import TEMPLATES, answer_key, answer_kind, exact_key, similarity, strip_template, word_grams
 from tic_megatron.data.prompts import read_problems
 
-COMMAND = Path(sys.executable).with_name("tic-megatron")
+COMMAND = str(Path(sys.executable).with_name("tic-megatron"))
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "math500.jsonl").exists(), reason="needs the shared problem sets")
 PROBLEMS = [

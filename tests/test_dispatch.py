@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -107,8 +108,9 @@ def test_rubbish_is_told_from_answers():
 def generation(*, prompts, n, engines, concurrent, cut_tail_fraction=None):
     """A rollout that has not begun, and its engines, which do nothing."""
     places = [Engine(index, f"engine_{index}.log") for index in range(engines)]
+    pool: Any = SimpleNamespace(engines=places, fail=lambda *failure: None)
     return Generation(
-        SimpleNamespace(engines=places, fail=lambda *failure: None),
+        pool,
         [SampleRequest((number,), n, 1.0, 1.0, 16, number) for number in range(prompts)],
         Dispatch(concurrent, False, cut_tail_fraction, heartbeat_s=60.0, vocabulary=100),
         order=list(range(prompts)),

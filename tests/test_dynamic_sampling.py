@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def refill(source: Source, **rollout) -> tuple[list[Group], list[Group], dict, S
     for name, value in rollout.items():
         setattr(settings.rollout, name, value)
     notes: list[str] = []
-    run = SimpleNamespace(
+    run: Any = SimpleNamespace(
         settings=settings, rollouts=source, cursor=Cursor(), progress=SimpleNamespace(note=notes.append), notes=notes
     )
     groups = [source.group(prompt) for prompt in run.cursor.next(WANTED)]

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -230,7 +231,8 @@ class NoRewards:
 
 
 def rollouts_of(group):
-    source = SampledRollouts(group.settings, group, NoRewards(), note=group.lines.append)
+    rewards: Any = NoRewards()
+    source = SampledRollouts(group.settings, group, rewards, note=group.lines.append)
     source.settings.rollout.group_size, source.settings.rollout.max_response_tokens = 2, 16
     return source
 

@@ -47,7 +47,7 @@ def rows(name: str) -> list[dict]:
 def test_math500_solutions_are_right(workers: RewardWorkers) -> None:
     problems = rows("math500")
     rewards, report = workers.grade([(row["solution"], row["answer"]) for row in problems])
-    print(f"\nMATH-500: {sum(rewards):g} of {len(problems)} reference solutions graded right")
+    print(f"\nMATH-500: {rewards.count(1.0)} of {len(problems)} reference solutions graded right")
     assert len(problems) == 500
     assert [row["answer"] for row, reward in zip(problems, rewards, strict=True) if reward != 1.0] == []
     assert report.faults == []
@@ -133,7 +133,7 @@ def test_aime_answers_in_each_form(aime_workers: RewardWorkers) -> None:
         right += [(form.format(text), answer) for form in FORMS for text in sorted(texts)]
         wrong += [(form.format(text), answer) for form in FORMS for text in sorted(near)]
     rewards, report = aime_workers.grade(right)
-    print(f"\nAIME: {sum(rewards):g} of {len(right)} right ({len(aime_answers())} problems, {len(FORMS)} forms)", end="; ")
+    print(f"\nAIME: {rewards.count(1.0)} of {len(right)} right ({len(aime_answers())} problems, {len(FORMS)} forms)", end="; ")
     assert [pair for pair, reward in zip(right, rewards, strict=True) if reward != 1.0] == []
     assert report.faults == []
     rewards, report = aime_workers.grade(wrong)

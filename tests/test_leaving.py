@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -77,7 +78,7 @@ def test_a_step_is_recorded_once_whenever_the_run_leaves(tmp_path, step):
 @pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize("made", [0, 1, 2])  # the rollout is there: in the checkpoint, when the run is told to leave, later
 def test_the_rollout_that_is_being_made_ahead_is_waited_for_when_the_step_is_safe(tmp_path, made, failing):
-    events = []
+    events: list[Any] = []
     run = Recorder(tmp_path, RunState(step=3), saved=3 if made == 0 else 2)
     run.settings.rollout.steps_ahead, run._saved_pending = 1, made == 0
     run.actors = SimpleNamespace(restore=lambda: events.append("restore"))
@@ -145,7 +146,8 @@ def test_the_actors_stay_the_rollouts_until_it_lets_go_of_them():
         threading.Timer(0.5, let_go.set).start()
         raise KeyboardInterrupt
 
-    under_way = _UnderWay(sample, grader=SimpleNamespace(abandon=lambda: None))
+    grader: Any = SimpleNamespace(abandon=lambda: None)
+    under_way = _UnderWay(sample, grader)
     under_way.start()
     before = signal.signal(signal.SIGALRM, interrupt)
     try:

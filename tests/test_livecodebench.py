@@ -49,7 +49,7 @@ class Evil:
         return os.mkdir, ("it_ran",)
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, str], str]] = {
     "no question": ({"question_content": None}, "question_content"),
     "public tests that are no JSON": ({"public_test_cases": "[{"}, "public_test_cases"),
     "public tests that are no list": ({"public_test_cases": "{}"}, "public_test_cases"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_dense_rewards_have_the_reference_gradient(rank_pool, models):
         check_updates([r[i] for r in ranks], reference, (layout, "dense"))
 
 
-LAYOUTS_OF_BAD_UPDATES = [
+LAYOUTS_OF_BAD_UPDATES: list[dict[str, Any]] = [
     {"tp": 2, "value": math.nan},
     {"pp": 2, "value": math.inf, "precision": "bf16"},
     {"distributed": True, "value": math.nan},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def settings(buffer: int = 4) -> Settings:
 def graded(options: Settings) -> tuple[list[Group], dict[str, float]]:
     groups = [of_lengths(n, LENGTHS, RESPONSES) for n in range(2)]
     with RewardWorkers(options.reward) as rewards:
-        source = SampledRollouts(options, SimpleNamespace(), rewards)
+        engines: Any = SimpleNamespace()
+        source = SampledRollouts(options, engines, rewards)
         source._grader = BackgroundGrader(rewards)
         for group in groups:
             source._grader.add([group])
@@ -70,7 +72,8 @@ def graded(options: Settings) -> tuple[list[Group], dict[str, float]]:
 
 def punished(options: Settings, groups: list[Group]) -> dict[str, float]:
     """What a run makes of graded groups."""
-    return Run.punish_overlong(SimpleNamespace(settings=options), groups)
+    run: Any = SimpleNamespace(settings=options)
+    return Run.punish_overlong(run, groups)
 
 
 def test_it_is_added_before_the_advantages() -> None:

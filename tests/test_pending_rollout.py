@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,8 @@ def continued(tmp_path, *, steps_ahead):
     settings = Settings()
     settings.rollout.steps_ahead = steps_ahead
     pool = SimpleNamespace(failures=0, restarts=0)
-    engines = SimpleNamespace(pool=pool, sample=lambda prompts, **_: Rollout(MADE_AGAIN, [], OUTCOME))
-    rewards = SimpleNamespace(grade_groups=lambda groups: GradeReport(len(groups)))
+    engines: Any = SimpleNamespace(pool=pool, sample=lambda prompts, **_: Rollout(MADE_AGAIN, [], OUTCOME))
+    rewards: Any = SimpleNamespace(grade_groups=lambda groups: GradeReport(len(groups)))
     source = SampledRollouts(settings, engines, rewards, note=lambda line: None)
     source.restore(PendingRollout.read(tmp_path))
     return source

@@ -9,6 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,7 +228,8 @@ def test_dense_rewards_too(monkeypatch: pytest.MonkeyPatch, value) -> None:
 def test_the_user_is_told_of_the_first_few(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     rewards = rewards_of(monkeypatch, lambda response, answer: None)
-    source = SampledRollouts(Settings(), SimpleNamespace(), rewards, note=notes.append)
+    engines: Any = SimpleNamespace()
+    source = SampledRollouts(Settings(), engines, rewards, note=notes.append)
     groups = [group_of(n, "46", ["a", "b"]) for n in range(4)]
     source._grader = BackgroundGrader(rewards)
     for group in groups:

@@ -108,7 +108,7 @@ def test_untrained_models_get_zeros_not_failures(workers: RewardWorkers) -> None
     alphabet = [chr(code) for code in range(32, 127)] + list("\n\\{}$^_é中\ufffd\x00")
     pairs = [("".join(rng.choices(alphabet, k=rng.randint(0, 300))), "204") for _ in range(500)]
     rewards, report = workers.grade(pairs)
-    assert sum(rewards) <= 2
+    assert rewards.count(0.0) >= 498
     assert report.failed == report.timed_out == 0
 
 

@@ -121,7 +121,17 @@ class Host:
         return found
 
     def _left_behind(self) -> list[Path]:
-        places = ("/", "/tmp", "/dev/shm", "/var/tmp", "/dev", "/run", Path.cwd(), self.folder, Path(__file__).parent)
+        places: tuple[str | Path, ...] = (
+            "/",
+            "/tmp",
+            "/dev/shm",
+            "/var/tmp",
+            "/dev",
+            "/run",
+            Path.cwd(),
+            self.folder,
+            Path(__file__).parent,
+        )
         return [path for place in map(Path, places) if place.is_dir() for path in place.glob("tic-hostile*")]
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def make_step(**algorithm) -> tuple[PolicyStep, GivenLogprobs]:
     settings.rollout.max_response_tokens = 40
     for name, value in algorithm.items():
         setattr(settings.algorithm, name, value)
-    backend = GivenLogprobs()
+    backend: Any = GivenLogprobs()
     return PolicyStep(backend, settings), backend
 
 
@@ -96,7 +97,8 @@ def test_a_kl_that_is_not_finite_leaves_the_reward_alone(dense):
     settings = Settings()
     settings.algorithm.kl_coefficient = 2.0
     actors = SimpleNamespace(kl_to_reference=lambda: [kl], set_advantages=sent.append)
-    penalize_rewards(SimpleNamespace(settings=settings, actors=actors), groups, shards)
+    run: Any = SimpleNamespace(settings=settings, actors=actors)
+    penalize_rewards(run, groups, shards)
     for i, (t, reward) in enumerate(zip(trajectories, before, strict=True)):
         n = t.response_length if dense else 1
         assert t.reward == pytest.approx(reward if i == 4 else reward - 0.5 * n)

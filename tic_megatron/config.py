@@ -444,6 +444,7 @@ class LoggingSettings:
     """Weights & Biases project; off when not given."""
 
 
+@dataclass
 class Sections:
     """What settings classes have in common: dataclasses whose fields are sections, which are dataclasses too."""
 

@@ -227,8 +227,8 @@ class Run:
             return {}
         self.progress.phase("evaluate")
         with self.preemption.breakable():
-            held_out = self._evaluate_held_out()
-            benchmarks = [self._evaluate_benchmark(chosen) for chosen in self.inputs.benchmarks]
+            held_out = self._evaluate_held_out(self.rollouts)
+            benchmarks = [self._evaluate_benchmark(self.rollouts, chosen) for chosen in self.inputs.benchmarks]
         results = [*([held_out] if held_out else []), *benchmarks]
         self.state.benchmarks = accuracies = {result.name: result.accuracy for result in benchmarks}
         if held_out is not None:
@@ -239,24 +239,24 @@ class Run:
                 self.progress.accuracy(result.accuracy)
         return {name: value for result in results for name, value in result.metrics().items()}
 
-    def _evaluate_held_out(self) -> EvalResult | None:
+    def _evaluate_held_out(self, rollouts: SampledRollouts) -> EvalResult | None:
         if not self.inputs.eval_prompts:
             return None
         return evaluate(
-            self.rollouts.engines,
+            rollouts.engines,
             self.inputs.eval_prompts,
-            self.rollouts.rewards,
+            rollouts.rewards,
             self.settings.eval,
             name=eval_name(self.settings.data.eval),
             max_tokens=self.settings.eval_response_tokens,
         )
 
-    def _evaluate_benchmark(self, chosen: EvalSet) -> EvalResult:
+    def _evaluate_benchmark(self, rollouts: SampledRollouts, chosen: EvalSet) -> EvalResult:
         """As its table entry says: Avg@k at temperature 1, or greedy."""
         options, benchmark = self.settings.eval, chosen.benchmark
         samples = benchmark.samples if options.benchmark_samples is None else options.benchmark_samples
         return evaluate(
-            self.rollouts.engines,
+            rollouts.engines,
             chosen.prompts,
             self._rewards[benchmark.reward],
             EvalSettings(samples=samples, temperature=1.0) if samples else EvalSettings(),

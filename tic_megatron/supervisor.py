@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import os
 import secrets
 import signal
@@ -18,10 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 RESTART = os.EX_TEMPFAIL
 """Exit code of a driver that failed in a way in which a fresh start may succeed."""
 
+MARK = "TIC_MEGATRON_DRIVER"
+"""Environment variable of a driver and of all that it starts."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """To the driver; a terminal that is closed (SIGHUP) as SIGTERM."""
 END_PATIENCE_S = 10.0
@@ -51,9 +53,9 @@ def supervise(
         leave: called when a driver that a signal told to leave has failed or died instead; the exit code.
         note: takes lines for the user.
     """
-    restarts, reached = 0, last_step()
+    attempt, restarts, reached = 0, 0, last_step()
     with _Driver.in_charge() as driver:
-        for attempt in itertools.count():
+        while True:
             code, died = driver.run(functools.partial(drive, attempt))
             if not died and code != RESTART:
                 return code
@@ -68,6 +70,7 @@ def supervise(
                     note(f"error: {died}given up after {max_restarts} restarts at step {reached} (run.max_restarts)")
                 return 1
             note(f"{died}restart {restarts} of {max_restarts}, step {step} was the last")
+            attempt += 1
 
 
 class _Driver:
@@ -76,10 +79,10 @@ class _Driver:
     def __init__(self) -> None:
         self.told: signal.Signals | None = None
         """The signal that has told it to leave."""
-        self._mark = f"TIC_MEGATRON_DRIVER={secrets.token_hex(8)}"
+        self._mark = secrets.token_hex(8)
         self._pid: int | None = None
         self._found: set[int] = set()
-        self._handlers: dict[signal.Signals, signal.Handlers] = {}
+        self._before: dict[signal.Signals, Any] = {}  # what handled signals before it was in charge
 
     @classmethod
     @contextlib.contextmanager
@@ -88,11 +91,11 @@ class _Driver:
         driver = cls()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         taken = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup ignores
-        driver._handlers = {number: signal.signal(number, driver._tell) for number in taken}
+        driver._before = {number: signal.signal(number, driver._tell) for number in taken}
         try:
             yield driver
         finally:
-            for number, handler in driver._handlers.items():
+            for number, handler in driver._before.items():
                 signal.signal(number, handler)
             _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
@@ -128,7 +131,7 @@ class _Driver:
         come to a process that adopts orphans too, all of a container's if it is the first there."""
         here = set(_children(os.getpid()))
         for pid in here - self._found:
-            if _session(pid) == driver or self._mark in _environment(pid):
+            if _session(pid) == driver or f"{MARK}={self._mark}" in _environment(pid):
                 self._found |= {pid, *_descendants(pid)}  # a dead one that nobody has waited for has no environment any more
         return self._found & here
 
@@ -137,9 +140,9 @@ class _Driver:
         code: int | None = 1
         try:
             os.setsid()
-            os.environ.update([self._mark.split("=")])
+            os.environ[MARK] = self._mark
             _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            for number, handler in self._handlers.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
             if os.getppid() == launcher:

@@ -36,7 +36,7 @@ COMMAND_LINES = {
 }
 
 # Name -> text of the config file, words.
-CONFIGS = {
+CONFIGS: dict[str, tuple[str | bytes, list[str]]] = {
     "unknown section": ("run:\n  seed: 1\ntariner:\n  steps: 4\n", ["unknown setting tariner (c.yaml:3)"]),
     "unknown dotted": ("run.sed: 1\n", ["unknown setting run.sed (c.yaml:1)", "did you mean run.seed?"]),
     "list at the top": ("- run\n", ["c.yaml:1", "name: value"]),
@@ -158,8 +158,7 @@ def problems() -> list[Case]:
             cases.append(Case(f"{setting}: {name}", (file, *words), spoil=write(file, content), flags=flags))
         cases.append(Case(f"{setting}: folder", (setting, file), spoil=folder(file), flags=(f"--{setting}={file}",)))
     for name in OTHER_FORMATS:
-        words = ("data.train", name, ".jsonl")
-        cases.append(Case(f"{name}", words, spoil=write(name, GOOD_ROW), flags=(f"--data.train={name}",)))
+        cases.append(Case(name, ("data.train", name, ".jsonl"), spoil=write(name, GOOD_ROW), flags=(f"--data.train={name}",)))
     long = json.dumps({"problem": "1+1=" * 200, "answer": "2"})
     cases += [
         Case("all too long", ("data.train", "0 problems left", "max_prompt_tokens 5"), flags=("--rollout.max_prompt_tokens=5",)),

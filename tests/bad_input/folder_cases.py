@@ -283,14 +283,14 @@ def checkpoints() -> list[Case]:
 
 
 # Files of a checkpoint that match its manifest: its settings, and its model's configuration.
-SETTINGS_OF = {
+SETTINGS_OF: dict[str, str | bytes] = {
     "no settings": "hello",
     "binary settings": b"\xff\xfe\x00",
     "settings that are too deep": "[" * 5000,
     "another precision": "actor: {precision: int8}\n",
     "a list for a precision": "actor: {precision: [fp32]}\n",
 }
-MODEL_OF = {
+MODEL_OF: dict[str, str | bytes] = {
     "no JSON": "{",
     "binary": b"\xff\xfe\x00",
     "another kind": '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}',
@@ -300,19 +300,19 @@ MODEL_OF = {
 
 
 def of_a_checkpoint() -> list[Case]:
-    export = {"argv": ("export", STEP_2, "out")}
+    argv = ("export", STEP_2, "out")
     cases = [
         Case(
             f"export: {name}",
             ("export", f"{STEP_2}/config.yaml"),
             spoil=both(make_run, rewrite(f"{STEP_2}/config.yaml", content)),
-            **export,
+            argv=argv,
         )
         for name, content in SETTINGS_OF.items()
     ]
     for name, content in MODEL_OF.items():
         spoil = both(make_run, rewrite(f"{STEP_2}/model/config.json", content))
-        cases.append(Case(f"export: a model that is {name}", ("export", f"{STEP_2}/model/config.json"), spoil=spoil, **export))
+        cases.append(Case(f"export: a model that is {name}", ("export", f"{STEP_2}/model/config.json"), spoil=spoil, argv=argv))
         words = (f"{STEP_2}/model/config.json",)
         cases.append(Case(f"a model in the checkpoint that is {name}", words, spoil=spoil))
     return cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import Store
 
@@ -487,7 +488,7 @@ def failing_disk(rank: int, world_size: int, store: Store, layout: Layout, path:
         saving = checkpoint.Saving(backend, directory)
         if k < N_UPDATES:
             step.update(k)  # training goes on
-        answers = [None] * world_size
+        answers: list[Any] = [None] * world_size
         dist.all_gather_object(answers, saving.written(wait=True))
         said[case] = [answer.get("problem") for answer in answers]
         if rank == 0 and not any(said[case]):

@@ -179,8 +179,11 @@ def test_damage_to_any_file_of_a_real_checkpoint_is_found(prover, rank_pool, tmp
         rank_pool.run("tests.layouts.ranks:continued", world_size=2, timeout_s=180, write=str(folder), **job)
         return lambda: True
 
+    def describe(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
     for step in (10, 20):
-        checkpoints.save(RunState(step=step), write, lambda folder: (folder / "config.json").write_text("{}"))
+        checkpoints.save(RunState(step=step), write, describe)
         assert checkpoints.finish() is None
     newest = checkpoints.folder / "step_20"
     files = [path for path in newest.rglob("*") if path.is_file()]

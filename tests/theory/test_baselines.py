@@ -26,14 +26,14 @@ def sampled_groups(seed: int, prompts: int, size: int):
 def test_group_mean_is_leave_one_out_scaled(name, size):
     """Pointwise, for every preset, clips active: value and gradient."""
     for seed in range(3):
-        *batch, rewards = sampled_groups(seed, 3, size)
+        logprobs, old, mask, rewards = sampled_groups(seed, 3, size)
         mean, others = (group_advantages(rewards, leave_one_out=flag).flatten() for flag in (False, True))
         expected = rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / (size - 1)
         torch.testing.assert_close(others, expected.flatten(), rtol=1e-12, atol=1e-14)
         factor = 1 - 1 / size
-        first, second = (policy_objective(name, *batch, a, max_response_tokens=4)[0] for a in (mean, others))
+        first, second = (policy_objective(name, logprobs, old, mask, a, max_response_tokens=4)[0] for a in (mean, others))
         torch.testing.assert_close(first, factor * second, rtol=1e-12, atol=1e-15)
-        first, second = (coefficients(name, *batch, a, max_response_tokens=4) for a in (mean, others))
+        first, second = (coefficients(name, logprobs, old, mask, a, max_response_tokens=4) for a in (mean, others))
         torch.testing.assert_close(first, factor * second, rtol=1e-12, atol=1e-15)
 
 

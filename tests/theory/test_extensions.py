@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -295,7 +296,7 @@ def test_the_kl_losses_on_offer():
 # --- corrections for samples of a third policy
 
 
-def expectation_under_generator(env, name, theta, theta_old, theta_generator, *, level: str, form: str, bound: float):
+def expectation_under_generator(env, name, theta, theta_old, theta_generator, *, level: Any, form: Any, bound: float):
     objective = OBJECTIVES[name]
     old, generator = (env.logprobs(t)[env.mask].detach() for t in (theta_old, theta_generator))
     correction = generator_correction(objective.ratio, old, generator, packed(env), level=level, form=form, bound=bound)

@@ -93,7 +93,7 @@ def read_settings(
 
 def setting_types(settings_class: type) -> dict[str, Any]:
     """The type of every setting under its name: `section.setting`, or `setting` where the class has no sections."""
-    kinds = {}
+    kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings_class).items():
         members = typing.get_type_hints(kind) if is_dataclass(kind) else None
         kinds |= {name: kind} if members is None else {f"{name}.{member}": type_ for member, type_ in members.items()}

@@ -120,8 +120,10 @@ def _choose_device(settings: EvaluateSettings, model_config: dict[str, Any]) -> 
         cluster.device = "cuda" if gpus else "cpu"
     if rollout.precision == "auto":
         own = model_config.get("dtype", model_config.get("torch_dtype"))
-        on_gpu = "fp16" if own == "float16" else "bf16"  # bf16 would round what was trained in fp16
-        rollout.precision = on_gpu if cluster.device == "cuda" else "fp32"
+        if cluster.device == "cpu":
+            rollout.precision = "fp32"
+        else:  # bf16 would round what was trained in fp16
+            rollout.precision = "fp16" if own == "float16" else "bf16"
     if cluster.device == "cpu" or cluster.address is not None:  # a running cluster's nodes may differ from this machine
         return
     if not gpus:

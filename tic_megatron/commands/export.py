@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import yaml
 
@@ -100,7 +100,7 @@ def _check_target(out: Path) -> Path:
     return target
 
 
-def _precision(checkpoint: Path) -> str:
+def _precision(checkpoint: Path) -> Literal["fp32", "bf16", "fp16"]:
     """That of the run's actors, in which it exports too."""
     path = checkpoint / SETTINGS_FILE
     precision = None
@@ -132,7 +132,7 @@ def _quiet_libraries() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _write_weights(actors: Path, out: Path, precision: str) -> int:
+def _write_weights(actors: Path, out: Path, precision: Literal["fp32", "bf16", "fp16"]) -> int:
     """The weights as safetensors; the number of tensors."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the GPUs may be in use
     settings = Settings(actor=ActorSettings(precision=precision))

@@ -125,7 +125,7 @@ def prepare(settings: PrepareSettings, folder: Path, count_tokens: TokenCounter 
 
 def name_sources(given: Sequence[str], setting: str) -> list[NamedSource]:
     """`NAME=SOURCE`, or the name that the source suggests. SettingsError for two of the same name."""
-    named = []
+    named: list[NamedSource] = []
     for text in given:
         match = re.fullmatch(r"([\w.-]+)=(.+)", text, re.DOTALL)
         source = match[2] if match else text
@@ -217,7 +217,12 @@ class _DistinctProblems:
         self._source_of.append(len(self.sources) - 1)
         counts.distinct += 1
         counts.instructions_taken_off += bare != text.strip()
-        record = {"id": f"{counts.name}-{counts.rows}", "problem": bare, "answer": problem.answer, "source": counts.name}
+        record: dict[str, Any] = {
+            "id": f"{counts.name}-{counts.rows}",
+            "problem": bare,
+            "answer": problem.answer,
+            "source": counts.name,
+        }
         record |= {"source_file": row.file, "source_row": row.number}
         row_id = next((value for name in ID_FIELDS if (value := _find(row, name)) is not None), None)
         record |= {} if row_id is None else {"source_id": str(row_id)}

@@ -89,7 +89,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def _band(axes: Axes, runs: Sequence[Sequence[Row]], name: str, *, color: str, label: str) -> None:
     """The mean over the runs that have a step, and their range."""
-    values: dict[int, list[float]] = {}
+    values: dict[float, list[float]] = {}
     for rows in runs:
         for step, value in zip(*_series(rows, name), strict=True):
             values.setdefault(step, []).append(value)

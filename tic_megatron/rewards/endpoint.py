@@ -6,12 +6,15 @@ import asyncio
 import json
 import os
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from tic_megatron.config import RewardSettings, SettingsError
 from tic_megatron.rewards.registry import InvalidRewardError, Reward, describe, shown
 from tic_megatron.rewards.secret_names import looks_secret
+
+if TYPE_CHECKING:
+    import aiohttp  # otherwise when the first answer is asked for: it takes a while
 
 VERSION = 1
 FIRST_WAIT_S = 0.5
@@ -35,7 +38,8 @@ class Endpoint:
     """A server that grades. One connection pool per process and event loop."""
 
     def __init__(self, url: str, settings: RewardSettings) -> None:
-        self.url, self._settings, self._session = url, settings, None
+        self.url, self._settings = url, settings
+        self._session: aiohttp.ClientSession | None = None
         try:
             parts = urlsplit(url)
             valid = bool(parts.hostname) and parts.port != 0

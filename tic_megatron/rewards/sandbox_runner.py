@@ -76,7 +76,7 @@ def main():
     channel = 1
     dumps = arguments = None
     if function:  # what the program prints is not what it returns
-        from json import dumps, loads
+        from json import dumps, loads  # type: ignore[assignment]
 
         arguments = [loads(value) for value in values.split("\n")] if values else []
         channel = os.dup(1)
@@ -91,7 +91,7 @@ def main():
             continue
     sys.argv = ["program.py"]
     exec(compile(prelude, "prelude", "exec", dont_inherit=True), module.__dict__)
-    builtins.exit = builtins.quit = sys.exit  # `site` would bring them
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # `site` would bring them
     sys.setrecursionlimit(RECURSION_LIMIT)
     if os.path.isdir("/tmp") and not imports:
         os.chdir("/tmp")

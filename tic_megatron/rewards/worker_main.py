@@ -17,7 +17,7 @@ import os
 import resource
 import signal
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tic_megatron.rewards.registry import Reward
@@ -90,7 +90,7 @@ async def _answer(reward: Reward, call: dict, replies: TextIO, limit_s: float) -
     try:
         async with asyncio.timeout(limit_s * len(items)) as scope:
             value = await reward.function(**reward.form.arguments(items))
-        answer = {"results": reward.results(items, value)}
+        answer: dict[str, Any] = {"results": reward.results(items, value)}
     except BaseException as error:
         answer = {"fault": {"timed_out": ""} if scope.expired() else _fault(error)}
     _reply(replies, {"call": call["call"], **answer})

@@ -126,12 +126,9 @@ class RewardWorkers:
         names = [f"prompt {group.prompt.id}, response {i}" for group in groups for i in range(len(group.trajectories))]
         rewards, report = self._grade([self._item(trajectory) for trajectory in trajectories], names)
         for trajectory, reward in zip(trajectories, rewards, strict=True):
-            if not self._dense:
-                trajectory.reward = reward
-                continue
-            # A plain 0 is that of a response which could not be graded.
-            trajectory.token_rewards = reward if isinstance(reward, list) else [0.0] * len(trajectory.response_ids)
-            trajectory.reward = sum(trajectory.token_rewards)
+            trajectory.reward = sum(reward) if isinstance(reward, list) else reward
+            if self._dense:  # a plain 0 is that of a response which could not be graded
+                trajectory.token_rewards = reward if isinstance(reward, list) else [0.0] * len(trajectory.response_ids)
         return report
 
     def _item(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -163,10 +160,12 @@ class RewardWorkers:
 
     def _sum(self, jobs: dict[str, _Job], names: Sequence[str]) -> tuple[list[float | list[float]], GradeReport]:
         """The weighted sums; 0 where a term could not be graded."""
-        rewards, report = [], GradeReport(graded=len(names))
+        rewards: list[float | list[float]] = []
+        report = GradeReport(graded=len(names))
         several = len(self._terms) > 1
         for index, name in enumerate(names):
             reward: float | list[float] = 0.0
+            total = 0.0
             for term in self._terms:
                 job = jobs[term.name]
                 if index in job.faults:
@@ -176,10 +175,13 @@ class RewardWorkers:
                     reward = 0.0
                     break
                 value = job.rewards[index]
-                reward = [term.weight * x for x in value] if self._dense else reward + term.weight * value
+                if isinstance(value, list):  # dense, and the only term
+                    reward = [term.weight * x for x in value]
+                else:
+                    reward = total = total + term.weight * value
             rewards.append(reward)
         if several:
-            report.terms = {name: list(job.rewards.values()) for name, job in jobs.items()}
+            report.terms = {name: list(job.rewards.values()) for name, job in jobs.items()}  # type: ignore[arg-type]
         return rewards, report
 
     def _grade_in_workers(self, jobs: dict[str, _Job]) -> None:
@@ -353,7 +355,7 @@ def _grade_here(term: Term, job: _Job) -> None:
             result = {"invalid": str(error)}
         except (Exception, SystemExit) as error:
             result = {"failed": describe(error)}
-        job.take_in(index, result, 0.0)
+        job.take_in(index, result, limit="")  # it has none here
 
 
 def append_lines(path: Path | None, lines: Sequence[str]) -> None:

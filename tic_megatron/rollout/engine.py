@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tic_megatron.observability.logs import redirect_output
 from tic_megatron.observability.memory import process_memory
@@ -37,10 +37,10 @@ class EngineOptions:
 
     model_path: str
     """Hugging Face directory or hub name."""
-    device: Literal["cpu", "cuda"]
-    """Kind of device."""
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """Arithmetic and weights."""
+    device: str
+    """`cpu` or `cuda`."""
+    dtype: str
+    """Of arithmetic and weights: `float32`, `bfloat16` or `float16`."""
     max_model_len: int
     """Longest prompt plus longest response, in tokens."""
     log_file: str

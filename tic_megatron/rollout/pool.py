@@ -152,7 +152,8 @@ class EnginePool:
         calls = {index: getattr(self.engines[index].actor, method).remote(*a) for index, a in arguments.items()}
         deadline = self._deadline(method)
         end = time.monotonic() + deadline.seconds
-        results, raised = {}, {}
+        results: dict[int, Any] = {}
+        raised: dict[int, ray.exceptions.RayTaskError] = {}
         for index, call in calls.items():
             engine = self.engines[index]
             try:
@@ -163,10 +164,10 @@ class EnginePool:
                 raised[index] = error
             except ray.exceptions.RayError as error:
                 self.fail(engine, method, failure_reason(error))
-        for index, error in raised.items():
+        for index, cause in raised.items():
             if not results:
-                raise self._error(self.engines[index], method, failure_reason(error), error) from error
-            self.fail(self.engines[index], method, failure_reason(error))
+                raise self._error(self.engines[index], method, failure_reason(cause), cause) from cause
+            self.fail(self.engines[index], method, failure_reason(cause))
         return {index: results[index] for index in sorted(results)}
 
     def ask(self, method: str, *, timeout_s: float) -> list[Any | None]:

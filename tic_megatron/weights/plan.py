@@ -148,11 +148,11 @@ def plan_export(hf, layout: ExportLayout, dtype: torch.dtype, max_bytes: int) ->
     does not fit is cut into rows. (An embedding is the largest: 1.6 GB in bf16 for Qwen3-32B.) Only where a single row of every
     rank's shard is larger is the limit exceeded.
     """
-    buckets = []
+    buckets: list[ExportBucket] = []
     for (stage, is_expert), group in groupby(qwen3_weights(hf), key=lambda w: (layout.stage(w), w.expert is not None)):
         run = list(group)
         cuts = layout.expert_tensor_parallel if is_expert else layout.tensor_parallel
-        units = _expert_sets(run, layout, hf) if is_expert else [(weight,) for weight in run]
+        units: list[tuple[Weight, ...]] = _expert_sets(run, layout, hf) if is_expert else [(weight,) for weight in run]
         n_owners = layout.expert_parallel if is_expert else 1
         room = max_bytes // (1 if layout.straight else cuts * n_owners)
         for pieces, nbytes in _fill(units, cuts, dtype, room):

@@ -167,7 +167,8 @@ def keep_own_copies(model: torch.nn.Module, flat: torch.Tensor) -> None:
 
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Layers whose parameters all belong to an earlier layer, as those of a tied output head do."""
-    tied, seen = [], set()
+    tied: list[torch.nn.Module] = []
+    seen: set[int] = set()
     for layer in model.modules():
         parameters = {id(parameter) for parameter in layer._parameters.values() if parameter is not None}
         if parameters and parameters <= seen:
@@ -204,6 +205,9 @@ def repack(model: torch.nn.Module, tied: list[torch.nn.Module]) -> None:
 
 class WorkerExtension:
     """Methods added to every vLLM worker, callable with `collective_rpc`."""
+
+    rank: int  # vLLM's
+    weight_transfer_engine: BucketWeightTransferEngine
 
     def memory(self) -> dict[str, int]:
         """What this process holds, in bytes."""

@@ -263,7 +263,8 @@ class _Stream(io.RawIOBase):
     """A file for `torch.save`, which turns an error of the disk into one about positions in its archive: it waits for `check`."""
 
     def __init__(self, raw: io.FileIO):
-        self.raw, self.place, self.error = raw, 0, None
+        self.raw, self.place = raw, 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         """Yes."""

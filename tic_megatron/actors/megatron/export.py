@@ -200,7 +200,7 @@ class WeightExporter:
             return
         for bucket in {b.is_expert: b for b in self.plan if self._takes_part(b)}.values():
             group = self._group(bucket)
-            names = [self.buffer.names if group.rank() == 0 else None]
+            names = [self.buffer.names if group.rank() == 0 else None]  # type: ignore[union-attr]
             dist.broadcast_object_list(names, group=group, group_src=0)
             if group.rank() > 0:
                 self._shared[bucket.is_expert] = SharedMemorySendBuffer.attach(names[0])

@@ -53,9 +53,9 @@ class _CheckpointUnpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         """Give an object its state; only instances of the checkpoint's own data classes have one."""
-        changed = self.stack[-2]
+        changed = self.stack[-2]  # type: ignore[attr-defined]
         if not dataclasses.is_dataclass(type(changed)):
             raise pickle.UnpicklingError(f"the checkpoint's .metadata changes {changed!r}, which no checkpoint needs")
-        super().load_build()
+        super().load_build()  # type: ignore[misc]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]  # noqa: RUF012

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -63,13 +63,16 @@ def _global_names(chunk: nn.Module, hf) -> Iterator[tuple[str, nn.Parameter]]:
     n_experts = getattr(hf, "num_experts", None) or 0
     first_expert = n_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert *= parallel_state.get_expert_model_parallel_rank()
-    numbers = {
+    first_of = {
         r"^decoder\.layers\.(\d+)\.": first_layer,
         r"\.mlp\.experts\.local_experts\.(\d+)\.": first_expert,
         r"\.mlp\.experts\.linear_fc[12]\.weight(\d+)$": first_expert,  # experts in one grouped matrix multiplication
     }
     for local_name, parameter in chunk.named_parameters():
-        yield reduce(lambda name, item: _add_to_number(*item, name), numbers.items(), local_name), parameter
+        name = local_name
+        for pattern, first in first_of.items():
+            name = _add_to_number(pattern, first, name)
+        yield name, parameter
 
 
 def _add_to_number(pattern: str, amount: int, name: str) -> str:
@@ -87,7 +90,7 @@ class _SafetensorsReader:
         self.directory = directory
         index = directory / "model.safetensors.index.json"
         self.weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else None
-        self.files: dict[str, object] = {}
+        self.files: dict[str, Any] = {}
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         file = self.weight_map[name] if self.weight_map else "model.safetensors"
