@@ -197,6 +197,7 @@ def bad_updates(rank: int, world_size: int, store: Store, model: str, layouts: l
     results = []
     for i, layout in enumerate(layouts):
         value, loss_scale = layout.pop("value"), layout.pop("loss_scale", None)
+        gradient = layout.pop("gradient", value)
         settings = layout_settings(world_size, objective="tic_grpo", **layout)
         if i == 0:
             device = runtime.initialize(rank, world_size, store, settings.actor, seed=0, timeout_s=60)
@@ -222,10 +223,10 @@ def bad_updates(rank: int, world_size: int, store: Store, model: str, layouts: l
             hook.remove()
         run_schedule = backend._run_schedule
 
-        def overflow(*args, backend=backend, run_schedule=run_schedule, value=value, **kwargs):
+        def overflow(*args, backend=backend, run_schedule=run_schedule, gradient=gradient, **kwargs):
             run_schedule(*args, **kwargs)
             if rank == 0:
-                next(p for p in backend.model_parts[0].parameters() if p.dim() == 2).main_grad.view(-1)[1] = value
+                next(p for p in backend.model_parts[0].parameters() if p.dim() == 2).main_grad.view(-1)[1] = gradient
 
         backend._run_schedule = overflow
         stats.append(update(1))

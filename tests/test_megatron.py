@@ -231,6 +231,7 @@ LAYOUTS_OF_BAD_UPDATES: list[dict[str, Any]] = [
     {"tp": 2, "value": math.nan},
     {"pp": 2, "value": math.inf, "precision": "bf16"},
     {"distributed": True, "value": math.nan},
+    {"tp": 2, "value": math.nan, "gradient": 1e20},  # whose square is not finite, and so is no norm
     {"pp": 2, "value": math.nan, "precision": "fp16"},
     {"pp": 2, "value": math.nan, "precision": "fp16", "loss_scale": 1.0},  # which cannot be lowered
 ]

@@ -216,7 +216,11 @@ def test_inline_rewards_are_held_to_the_same(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-@pytest.mark.parametrize("value", [[1.0], [1.0, float("nan")], [1.0, None], 1.0, None, ["0", "1"]], ids=repr)
+OF_NO_ORDER = [{0: 0.5, 1: 0.5}, {3.0, 4.0}, b"ab"]
+"""Their members are numbers, and no rewards."""
+
+
+@pytest.mark.parametrize("value", [[1.0], [1.0, float("nan")], [1.0, None], 1.0, None, ["0", "1"], "01", *OF_NO_ORDER], ids=repr)
 def test_dense_rewards_too(monkeypatch: pytest.MonkeyPatch, value) -> None:
     group = group_of(0, "46", ["a", "a"])
     replies = iter([[0.5, np.float32(0.25)], value])

@@ -15,7 +15,7 @@ from tic_megatron.actors.stats import UpdateResult
 from tic_megatron.actors.step import PolicyStep
 from tic_megatron.config import Settings
 from tic_megatron.data.packing import Packing, pack_rollout
-from tic_megatron.trainer import penalize_rewards
+from tic_megatron.trainer import penalize_rewards, set_advantages
 
 
 class GivenLogprobs:
@@ -83,12 +83,21 @@ def test_good_trajectories_are_not_named():
     assert stats.bad_prompts == [] and stats.result.applied and stats.log_ratio
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_noise_that_is_not_finite_is_not_none(value):
+    step, backend = make_step()
+    step.load(pack_rollout(random_rollout(seed=0, n_prompts=4, group_size=3, vocab=50), 2, Packing(1, 120))[0])
+    backend.spoilt["old"] = value  # in the forward-only pass alone
+    step.old_logprobs(check_noise=True)
+    assert step.update(0).noise == math.inf
+
+
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_kl_that_is_not_finite_leaves_the_reward_alone(dense):
-    """The update that meets its log-probs is skipped; the others get their penalty."""
+def test_the_kl_in_the_reward_changes_the_advantages_only(dense):
+    """Rewards stay what was given. A KL that is not finite is left out: the update that meets its log-probs is skipped."""
     groups = random_rollout(seed=0, n_prompts=2, group_size=3, vocab=50, dense=dense)
     trajectories = [t for group in groups for t in group.trajectories]
-    before = [t.reward for t in trajectories]
+    before = [(t.reward, t.token_rewards) for t in trajectories]
     shards = pack_rollout(groups, 1, Packing(1, 300, keep_all=True))
     order = [t for m in shards[0][0].micro_batches for t in m.trajectories]
     kl = [[0.25] * (t.response_length if dense else 1) for t in order]
@@ -99,8 +108,12 @@ def test_a_kl_that_is_not_finite_leaves_the_reward_alone(dense):
     actors = SimpleNamespace(kl_to_reference=lambda: [kl], set_advantages=sent.append)
     run: Any = SimpleNamespace(settings=settings, actors=actors)
     penalize_rewards(run, groups, shards)
-    for i, (t, reward) in enumerate(zip(trajectories, before, strict=True)):
-        n = t.response_length if dense else 1
-        assert t.reward == pytest.approx(reward if i == 4 else reward - 0.5 * n)
-        assert not dense or t.reward == pytest.approx(sum(t.token_rewards))
+    assert [(t.reward, t.token_rewards) for t in trajectories] == before
+    got = [(t.advantage, t.token_advantages) for t in trajectories]
+    for i, t in enumerate(trajectories):
+        penalty = 0.0 if i == 4 else 0.5
+        t.reward -= penalty
+        t.token_rewards = t.token_rewards and [r - penalty for r in t.token_rewards]
+    set_advantages(groups, settings.algorithm)
+    assert [(t.advantage, t.token_advantages) for t in trajectories] == got
     assert sent == [[[a for t in order for a in t.unit_advantages]]]

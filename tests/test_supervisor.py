@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Launch:
     """A fresh process that supervises `drive(attempt)`, the body given; files in its folder tell what happened."""
 
-    def __init__(self, folder: Path, drive: str, *, max_restarts: int = 2) -> None:
+    def __init__(self, folder: Path, drive: str, *, max_restarts: int = 2, reached: int = 0) -> None:
         self.folder = folder
         script = textwrap.dedent("""
             import os, signal, subprocess, sys, time
@@ -46,8 +46,9 @@ class Launch:
                 note(f"told by {{number.name}}")
                 return 7
 
-            sys.exit(supervise(drive, max_restarts={max_restarts}, last_step=last_step, leave=leave, note=note))
-        """).format(body=textwrap.indent(textwrap.dedent(drive), "    "), max_restarts=max_restarts)
+            limits = dict(max_restarts={max_restarts}, reached={reached})
+            sys.exit(supervise(drive, **limits, last_step=last_step, leave=leave, note=note))
+        """).format(body=textwrap.indent(textwrap.dedent(drive), "    "), max_restarts=max_restarts, reached=reached)
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
             cwd=folder,
@@ -100,6 +101,14 @@ def test_restarts_are_bounded_where_the_run_gets_no_further(tmp_path):
         "restart 2 of 2",
     ]
     assert lines[-1] == "error: given up after 2 restarts at step 4 (run.max_restarts)"
+
+
+def test_a_run_that_goes_back_gets_further_than_where_it_began(tmp_path):
+    """Its folder's last step, 100, is one that it has thrown away; it continues from 50."""
+    (tmp_path / "step").write_text("100")
+    code, lines = Launch(tmp_path, "write('step', 60 + 10 * attempt)\nreturn RESTART if attempt < 4 else 0", reached=50).end()
+    assert code == 0
+    assert lines == [f"restart 1 of 2, step {step} was the last" for step in (60, 70, 80, 90)]
 
 
 def test_a_reader_that_is_gone_costs_no_result(tmp_path):

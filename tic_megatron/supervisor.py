@@ -37,6 +37,7 @@ def supervise(
     drive: Callable[[int], int],
     *,
     max_restarts: int,
+    reached: int,
     last_step: Callable[[], int],
     leave: Callable[[signal.Signals], int],
     note: Callable[[str], None],
@@ -49,11 +50,12 @@ def supervise(
 
     Args:
         drive: returns the exit code; `attempt` counts from 0. Nothing that it needs may have started threads in this process.
+        reached: the step that the run continues from.
         last_step: the last step that the run has finished.
         leave: called when a driver that a signal told to leave has failed or died instead; the exit code.
         note: takes lines for the user.
     """
-    attempt, restarts, reached = 0, 0, last_step()
+    attempt = restarts = 0
     with _Driver.in_charge() as driver:
         while True:
             code, died = driver.run(functools.partial(drive, attempt))

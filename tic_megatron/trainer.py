@@ -113,12 +113,14 @@ def pack(groups: list[Group], settings: Settings) -> list[list[MiniBatch]]:
 
 
 def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]]) -> None:
-    """Subtract the KL to the reference policy (k1) from the rewards, and renew the advantages.
+    """Renew the advantages: those of the rewards less the KL to the reference policy (k1). The rewards themselves stay what was
+    given, which is logged, saved and replayed.
 
     k1 of a token depends on the tokens up to it: with a dense reward it is subtracted at its token. Otherwise its sum is
     subtracted from the response's reward; the expected gradient is the same.
     """
     options = run.settings.algorithm
+    given = [(t, t.reward, t.token_rewards) for group in groups for t in group.trajectories]
     order = [
         [t for mini_batch in shard for micro_batch in mini_batch.micro_batches for t in micro_batch.trajectories]
         for shard in shards
@@ -134,6 +136,8 @@ def penalize_rewards(run: Run, groups: list[Group], shards: list[list[MiniBatch]
                     r - options.kl_coefficient * p for r, p in zip(trajectory.token_rewards, penalties, strict=True)
                 ]
     set_advantages(groups, options)
+    for trajectory, reward, token_rewards in given:
+        trajectory.reward, trajectory.token_rewards = reward, token_rewards
     run.actors.set_advantages([[a for t in trajectories for a in t.unit_advantages] for trajectories in order])
 
 

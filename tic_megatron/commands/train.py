@@ -53,6 +53,7 @@ def _supervised(settings: Settings, inputs: TrainInputs, folder: Path) -> int:
     code = supervise(
         lambda attempt: _drive(settings, inputs, attempt),
         max_restarts=settings.run.max_restarts,
+        reached=inputs.step,
         last_step=lambda: last_step(folder / METRICS_FILE),
         leave=lambda number: _leave(settings, number),
         note=say,

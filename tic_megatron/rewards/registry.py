@@ -10,7 +10,7 @@ import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,8 @@ class InvalidRewardError(ValueError):
 
 def _listed(value: Any, n: int, unit: str) -> list:
     try:
+        if isinstance(value, Mapping | Set | str | bytes | bytearray):  # their members are not in the order of the responses
+            raise TypeError
         values = list(value)
     except TypeError:
         raise InvalidRewardError(f"the reward is {shown(value)}, not one number per {unit}") from None

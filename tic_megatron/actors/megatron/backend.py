@@ -168,11 +168,13 @@ class MegatronBackend:
     def _not_finite_anywhere(self, bad_loss: Tensor) -> tuple[bool, bool]:
         """Whether a loss, whether a gradient is not finite, on any rank: one all-reduce, so all ranks decide alike.
 
-        Only the last pipeline stage has losses, and a gradient may be bad in one rank's shard only.
+        Only the last pipeline stage has losses, and a gradient may be bad in one rank's shard only. A finite gradient whose
+        norm could overflow counts too: it would be clipped to nothing, and the update made with what the moments remember.
         """
         buffers = [buffer for part in self.model_parts for buffer in (*part.buffers, *part.expert_parallel_buffers)]
         largest = [torch.linalg.vector_norm(b.grad_data, ord=math.inf) for b in buffers]  # of NaN too; needs no copy
-        bad_gradient = ~torch.isfinite(torch.stack(largest)).all()
+        n_elements = sum(b.grad_data.numel() for b in buffers) * torch.distributed.get_world_size()  # or fewer
+        bad_gradient = ~(torch.stack(largest) < math.sqrt(torch.finfo(torch.float32).max / n_elements)).all()
         flags = torch.stack([bad_loss.float(), bad_gradient.float()])
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         loss, gradient = flags.tolist()
@@ -186,8 +188,8 @@ class MegatronBackend:
             return UpdateResult(0.0, rate, applied=False)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # In fp16 an infinite gradient is the loss scale's: the optimizer skips the update by itself and lowers the scale, if it
-        # can be lowered.
+        # In fp16 a bad gradient is an infinite one, and the loss scale's: the optimizer skips the update by itself and lowers the
+        # scale, if it can be lowered.
         lowest = any(scaler.scale <= scaler.min_scale for scaler in self.grad_scalers)
         applied, grad_norm, _ = self.optimizer.step()
         self._agree_on_loss_scale()
