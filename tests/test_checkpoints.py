@@ -28,7 +28,7 @@ from tic_megatron.actors.megatron.metadata import check_common, check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, find_pending, load_state
 from tic_megatron.cli import main
 from tic_megatron.config import ActorSettings, RunSettings, Settings, SettingsError
-from tic_megatron.remote import WorkerError
+from tic_megatron.remote import Deadline, WorkerError, WorkerPool
 from tic_megatron.run import Run
 
 
@@ -75,13 +75,11 @@ def flip(file):
 
 
 def test_the_newest_is_found_and_the_oldest_are_removed(saved):
-    checkpoint, problems = saved.find("auto")
+    checkpoint, problems = saved.newest()
     assert checkpoint.name == "step_30" and problems == []
     assert load_state(checkpoint) == RunState(step=30, cursor={"place": 30})
     assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30"]
-    assert saved.find("never") == (None, [])
-    assert saved.find(str(saved.folder / "step_20"))[0].name == "step_20"
-    assert Checkpoints(saved.folder / "empty", keep=1).find("auto") == (None, [])
+    assert Checkpoints(saved.folder / "empty", keep=1).newest() == (None, [])
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lambda file: file.unlink()], ids=["truncated", "flipped", "removed"])
@@ -89,12 +87,10 @@ def test_the_newest_is_found_and_the_oldest_are_removed(saved):
 def test_a_damaged_checkpoint_is_passed_over(saved, damage, number):
     file = files(saved.folder / "step_30")[number]
     damage(file)
-    checkpoint, (problem,) = saved.find("auto")
+    checkpoint, (problem,) = saved.newest()
     assert checkpoint.name == "step_20"
     # (A manifest that is another cannot say so: the file whose hash it is about differs.)
     assert "step_30 is" in problem and (file.name in problem or file.name == MANIFEST)
-    with pytest.raises(SettingsError, match=r"run\.resume: .*step_30 is"):
-        saved.find(str(saved.folder / "step_30"))
 
 
 def test_there_are_five_files(saved):
@@ -103,18 +99,35 @@ def test_there_are_five_files(saved):
 
 def test_a_file_too_many_is_damage_too(saved):
     (saved.folder / "step_30" / "actors" / "__2_0.distcp").write_bytes(b"?")
-    checkpoint, (problem,) = saved.find("auto")
+    checkpoint, (problem,) = saved.newest()
     assert checkpoint.name == "step_20" and "__2_0.distcp was not saved with it" in problem
 
 
 def test_checkpoints_after_the_one_that_a_run_continues_from_are_moved_aside(saved):
     """They are of another course of the run, and would count as its newest."""
-    before, _ = saved.find("auto")
+    before, _ = saved.newest()
     older = before.with_name("step_20")
-    assert before.name == "step_30" and saved.find(str(older))[0] == older
-    saved.set_aside_after(20, older)
-    assert saved.find("auto") == (older, [])
+    assert before.name == "step_30"
+    saved.set_aside_others(older)
+    assert saved.newest() == (older, [])
     assert (saved.folder / "step_30.replaced").is_dir()
+
+
+def test_one_that_is_removed_while_it_is_read_is_no_damage(saved, monkeypatch):
+    """By the run, which has saved a newer one: an export looks again."""
+    looked = []
+
+    def look(checkpoint):
+        looked.append(checkpoint.name)
+        if len(looked) == 1:
+            for step in (40, 50):
+                save(saved, step)
+        return find_damage(checkpoint)
+
+    monkeypatch.setattr("tic_megatron.checkpoints.find_damage", look)
+    checkpoint, problems = saved.newest()
+    assert (checkpoint.name, problems) == ("step_50", [])
+    assert looked == ["step_30", "step_20", "step_50"]
 
 
 def test_an_unreadable_manifest_is_told_apart_from_none(saved):
@@ -150,7 +163,7 @@ def test_a_run_does_not_start_again_over_damaged_checkpoints(saved):
     for step in (20, 30):
         flip(files(saved.folder / f"step_{step}")[0])
     with pytest.raises(SettingsError, match=r"no checkpoint of .* is intact: .*step_30 is damaged"):
-        saved.find("auto")
+        saved.newest()
 
 
 def test_what_was_damaged_is_not_overwritten(saved):
@@ -159,7 +172,7 @@ def test_what_was_damaged_is_not_overwritten(saved):
         flip(damaged)
         content = damaged.read_bytes()
         save(saved, 30)
-        assert saved.find("auto")[0].name == "step_30"
+        assert saved.newest()[0].name == "step_30"
         aside = saved.folder / f"step_30.replaced{number}"
         assert (aside / damaged.relative_to(saved.folder / "step_30")).read_bytes() == content
 
@@ -169,7 +182,7 @@ def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
     assert find_pending(checkpoint) == (checkpoint, None)
     for _ in range(2):  # a damaged one is replaced
         saved.add_pending(30, lambda folder: (folder / "groups").write_text("all of them"))
-        assert saved.problems() == [] and saved.find("auto") == (checkpoint, [])
+        assert saved.problems() == [] and saved.newest() == (checkpoint, [])
         folder, problem = find_pending(checkpoint)
         assert problem is None and (folder / "groups").read_text() == "all of them"
         flip(folder / "groups")
@@ -189,7 +202,7 @@ def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
     assert find_pending(checkpoint) == (checkpoint, None)
     saved.add_pending(30, lambda folder: (folder / "groups").write_text("x"))
     # It goes where its checkpoint goes.
-    saved.set_aside_after(20, saved.folder / "step_20")
+    saved.set_aside_others(saved.folder / "step_20")
     assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20", "step_30.replaced", "step_30.replaced.pending"]
     saved.add_pending(20, lambda folder: (folder / "groups").write_text("x"))
     for step in (30, 40):
@@ -201,9 +214,9 @@ def test_checkpoints_of_another_course_are_moved_aside(saved, tmp_path):
     """Those of the folder that a run goes on in, which continues from a copy of elsewhere."""
     copy = shutil.copytree(saved.folder / "step_20", tmp_path / "copy" / "step_20")
     assert not saved.is_own(copy) and saved.is_own(saved.folder / "step_20")
-    saved.set_aside_after(20, copy)
+    saved.set_aside_others(copy)
     assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20.replaced", "step_30.replaced"]
-    assert saved.last_step() == 0
+    assert saved.newest() == (None, [])
 
 
 def test_a_process_of_low_priority_may_stay_so(saved, monkeypatch):
@@ -248,9 +261,9 @@ def test_finish_waits_after_an_interruption_too(tmp_path):
             checkpoints.finish()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert checkpoints.finish(timeout_s=0.1) is None and checkpoints.last_step() == 0
+    assert checkpoints.finish(timeout_s=0.1) is None and checkpoints.newest() == (None, [])
     written.set()
-    assert checkpoints.finish() is None and checkpoints.last_step() == 1
+    assert checkpoints.finish() is None and checkpoints.newest()[0].name == "step_1"
 
 
 def test_what_is_moved_aside_takes_a_free_name(saved):
@@ -258,8 +271,24 @@ def test_what_is_moved_aside_takes_a_free_name(saved):
         (saved.folder / f"step_30.replaced{number}").mkdir()
     (saved.folder / "step_30.replaced").rmdir()  # by somebody who needs room
     (saved.folder / "step_30.replaced1" / "kept").touch()
-    saved.set_aside_after(20, saved.folder / "step_20")
+    saved.set_aside_others(saved.folder / "step_20")
     assert (saved.folder / "step_30.replaced" / MANIFEST).is_file()
+
+
+def test_a_save_that_the_end_of_the_actors_overtakes_is_no_checkpoint(saved):
+    """As after a second Ctrl-C: the thread that waits for the ranks finds none."""
+    pool = WorkerPool("actor", [Mock()], [""], deadline=lambda method: Deadline(1.0, "cluster.timeout_s"))
+    group = ActorGroup(Settings(), pool, [])
+    pool.workers = []
+    for asked in (lambda: pool.call("checkpoint_written"), lambda: pool.call_each("complete_checkpoint", [([],)])):
+        with pytest.raises(WorkerError, match="the actors have been ended"):
+            asked()
+    pool.call = lambda method, *_: [None]  # still writing
+    written = group.begin_checkpoint(saved.folder)
+    del pool.call
+    saved.save(RunState(step=40), lambda folder: written, write_model)
+    assert saved.finish(timeout_s=20) == "the checkpoint of step 40 was not saved: the actors have been ended"
+    assert saved.newest()[0].name == "step_30" and (saved.folder / "step_20").is_dir()
 
 
 def test_ranks_that_never_write_cost_the_checkpoint_and_not_the_run(saved):
@@ -299,11 +328,11 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(saved):
     saved.save(state, writers.begin, write_model)
     state.step = 41  # as the run goes on
     assert names(saved) == [".step_40.unfinished", "step_20", "step_30"]
-    assert saved.find("auto")[0].name == "step_30"
+    assert saved.newest()[0].name == "step_30"
     writers.done.set()
     assert saved.finish() is None
     assert names(saved) == ["step_30", "step_40"]
-    assert load_state(saved.find("auto")[0]) == RunState(step=40, wall_s=1.0)
+    assert load_state(saved.newest()[0]) == RunState(step=40, wall_s=1.0)
 
 
 def test_a_save_waits_for_the_one_before(saved):
@@ -337,7 +366,7 @@ def test_a_save_that_fails_leaves_the_others_as_they_are(saved, begins, error, l
     assert names(saved) == ["step_20", "step_30"]
     assert all(find_damage(saved.folder / name) is None for name in names(saved))
     save(saved, 40)
-    assert saved.find("auto")[0].name == "step_40" and saved.failed == 1
+    assert saved.newest()[0].name == "step_40" and saved.failed == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -351,7 +380,7 @@ def test_what_a_killed_run_left_is_removed(saved):
     left = saved.folder / ".step_40.unfinished" / "actors"
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(b"half")
-    assert saved.find("auto")[0].name == "step_30"
+    assert saved.newest()[0].name == "step_30"
     saved.remove_unfinished()
     assert names(saved) == ["step_20", "step_30"]
 
@@ -449,7 +478,7 @@ def test_a_checkpoint_is_checked_where_nothing_can_be_synchronized(saved, monkey
 
     monkeypatch.setattr("os.fsync", refuse)
     assert find_damage(saved.folder / "step_30") is None
-    assert saved.find("auto") == (saved.folder / "step_30", [])
+    assert saved.newest() == (saved.folder / "step_30", [])
 
 
 def test_no_checkpoint_without_the_rows_before_it(tmp_path):

@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from tests.bad_input.folder_cases import make_run
 from tests.models import make_tiny_qwen3
 from tests.workspace import make_workspace, refusal, settings_of, write_rows
 from tic_megatron.cli import main
@@ -39,6 +40,14 @@ def test_an_epoch_has_as_many_steps_as_there_are_problems_for(workspace):
     assert steps_of(workspace, "--trainer.epochs=2") == 5
     assert steps_of(workspace, "--trainer.epochs=1", "--trainer.prompts_per_step=10", "--trainer.steps=77") == 1
     assert steps_of(workspace, "--trainer.epochs=null", "--trainer.steps=77") == 77
+
+
+def test_a_run_that_goes_on_with_larger_steps_has_fewer_to_go(workspace):
+    """10 problems, 3 epochs: 2 steps of 4 were made, 22 problems are left."""
+    make_run(workspace)
+    assert steps_of(workspace, "--trainer.epochs=3", "--run.allow_change=trainer.epochs") == 7
+    more = ("--trainer.prompts_per_step=8", "--run.allow_change=trainer.epochs,trainer.prompts_per_step")
+    assert steps_of(workspace, "--trainer.epochs=3", *more) == 2 + 22 // 8
 
 
 def test_problems_that_are_left_out_do_not_count(workspace):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -21,7 +20,7 @@ from tic_megatron.commands import driver
 from tic_megatron.commands import train as train_command
 from tic_megatron.config import Settings
 from tic_megatron.data.quality import SkippedInARow, SkippedUpdate
-from tic_megatron.preemption import Preempted, Preemption, taking_signals
+from tic_megatron.preemption import Preempted, Preemption, mark, taking_signals
 from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.source import _UnderWay
 from tic_megatron.run import Run
@@ -195,24 +194,25 @@ def test_whoever_read_the_output_is_gone(monkeypatch, tmp_path):
         broken.close()
 
 
-def test_what_continues(tmp_path):
-    """Once there is a checkpoint of this run, `run.resume` would go back behind it."""
-    settings, other = Settings(), tmp_path / "other" / "step_4"
-    settings.run.dir = str(tmp_path / "run")
-    other.mkdir(parents=True)
-    (other / "state.json").write_text('{"step": 4}')
-    for resume, own, without in [
-        ("auto", 0, False),
-        ("auto", 6, False),
-        ("never", 0, True),
-        (str(other), 0, False),
-        (str(other), 3, False),
-        (str(other), 4, True),
-        (str(other), 6, True),
-        (str(tmp_path / "run" / "checkpoints" / "step_4"), 6, True),  # which has been removed since
-    ]:
-        settings.run.resume = resume
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        if own:
-            (tmp_path / "run" / "checkpoints" / f"step_{own}").mkdir(parents=True)
-        assert ("without --run.resume" in train_command._what_continues(settings)) == without, (resume, own)
+@pytest.mark.parametrize(
+    ("resume", "trained", "left", "without"),
+    [
+        ("auto", True, False, False),
+        ("never", True, False, True),
+        ("never", True, True, False),
+        ("never", False, False, False),  # the folder is as new: the settings of such a run are put away
+        ("/elsewhere/step_4", True, False, True),
+        ("/elsewhere/step_4", True, True, False),
+        ("/elsewhere/step_4", False, False, False),
+    ],
+)
+def test_what_continues(tmp_path, resume, trained, left, without):
+    """The same command would go back, or refuse, unless the run has left with a marker."""
+    settings = Settings()
+    settings.run.dir, settings.run.resume = str(tmp_path), resume
+    settings.save(tmp_path / "config.yaml")
+    if trained:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    if left:
+        mark(tmp_path, "SIGTERM", 1)
+    assert ("without --run.resume" in train_command._what_continues(settings)) == without

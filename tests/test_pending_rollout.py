@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.rollouts import random_rollout
-from tic_megatron.config import Settings
+from tic_megatron.config import RunSettings, Settings
 from tic_megatron.rewards import GradeReport
 from tic_megatron.rollout.engines import Rollout
 from tic_megatron.rollout.generation import Outcome
 from tic_megatron.rollout.pending import PendingRollout
 from tic_megatron.rollout.source import SampledRollouts
+from tic_megatron.run import Run
 
 MADE, MADE_AGAIN = (random_rollout(seed=seed, n_prompts=4, group_size=2, vocab=100) for seed in (1, 2))
 OUTCOME = Outcome(busy={0: 0.5}, reissued=3)
@@ -35,6 +36,19 @@ def continued(tmp_path, *, steps_ahead):
     return source
 
 
+@pytest.mark.parametrize(("allowed", "used"), [([], True), (["trainer.prompts_per_step"], True), (["reward.function"], False)])
+def test_it_is_made_again_where_what_it_was_made_with_may_have_changed(tmp_path, allowed, used):
+    PendingRollout.of(5, Rollout(MADE, [], OUTCOME), GradeReport(graded=8)).write(tmp_path)
+    restored, notes = [], []
+    run = Run.__new__(Run)
+    run.settings = Settings(run=RunSettings(allow_change=allowed))
+    run.rollouts = SimpleNamespace(restore=restored.append)
+    run.progress = SimpleNamespace(note=notes.append)
+    run._saved_pending = False
+    run._restore_pending(tmp_path)
+    assert (len(restored), run._saved_pending, len(notes)) == ((1, True, 0) if used else (0, False, 1))
+
+
 def test_it_is_trained_on(tmp_path):
     source = continued(tmp_path, steps_ahead=1)
     source.begin([group.prompt for group in MADE], 5)
@@ -42,6 +56,7 @@ def test_it_is_trained_on(tmp_path):
     assert groups == MADE[:3] and source.grade(groups).graded == 6
     counts = source.metrics()
     assert counts["rollout/prompts_set_aside"] == 1 and counts["rollout/reissued_prompts"] == 3
+    assert counts["rollout/engine_idle_fraction"] == 0.5
     source.begin([group.prompt for group in MADE], 6)
     assert source.collect() == MADE_AGAIN
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, flip, make_run, moved_reward, rewrite
+from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, flip, make_run, moved_reward
 from tests.models import make_tiny_qwen3
 from tests.workspace import make_workspace, settings_of
-from tic_megatron.commands.preflight import TrainInputs
-from tic_megatron.commands.run_folder import begin_state, check_run_folder, find_checkpoint, record_changes
+from tic_megatron.commands.preflight import TrainInputs, _set_steps
+from tic_megatron.commands.run_folder import check_run_folder, find_checkpoint, record_changes
 from tic_megatron.commands.train import _continue, _what_continues
-from tic_megatron.config import SettingsError
+from tic_megatron.config import Settings, SettingsError
 from tic_megatron.preemption import mark, unmark
 
 
@@ -48,29 +49,30 @@ def test_changes_are_recorded_in_another_folder_too(workspace):
     assert set(json.loads(line)["changes"]) == {"actor.learning_rate"}
 
 
-def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_a_later_one(workspace):
-    """Though the one that `run.resume` names, an older one of the same folder or one from elsewhere, may be gone by then."""
+def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_one(workspace):
+    """And not from the one that `run.resume` names, which may be gone by then."""
+    gone = workspace.root / "gone" / "step_1"
+    inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=gone, step=1, damaged=[])
+    settings = settings_of(*workspace.base[1:], f"--run.resume={gone}").resolve()
+    assert _continue(inputs, settings) == inputs
     make_run(workspace)
-    own, gone = workspace.root / STEP_2, workspace.root / "gone" / "step_1"
-    for step, expected in ((1, own), (2, gone), (5, gone)):
-        inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=gone, step=step, damaged=[])
-        settings = settings_of(*workspace.base[1:], f"--run.resume={STEP_1}").resolve()
-        goes_on = _continue(inputs, settings)
-        assert goes_on.checkpoint == expected and goes_on.step == (2 if expected == own else step)
+    goes_on = _continue(inputs, settings)
+    assert (goes_on.checkpoint, goes_on.step) == (workspace.root / STEP_2, 2)
+
+
+def began_by(workspace, resume):
+    """The folder's run has last started with this `run.resume`."""
+    settings = settings_of(*workspace.base[1:], f"--run.resume={resume}").resolve()
+    settings.save(workspace.root / "run" / "config.yaml")
+    return settings
 
 
 @pytest.mark.parametrize("resume", ["never", STEP_1])
 def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, resume):
-    """Where the same command without the marker goes back once more, or is refused; from checkpoints of its own only."""
+    """Where the same command without the marker goes back once more, or is refused."""
     make_run(workspace)
     run = workspace.root / "run"
     settings = settings_of(*workspace.base[1:], f"--run.resume={resume}").resolve()
-    given = settings.run.resume
-
-    def began_so(*steps):
-        for step in (STEP_1, STEP_2):
-            state = json.loads((workspace.root / step / "state.json").read_text())
-            rewrite(f"{step}/state.json", json.dumps(state | {"resume": given if step in steps else "auto"}))(workspace)
 
     def step_of_the_next():
         check_run_folder(settings)
@@ -85,19 +87,57 @@ def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, resume):
 
     mark(run, "SIGTERM", 2)
     assert begins_again()  # the folder's run has begun in another way: somebody wants to go back
-    began_so(STEP_1, STEP_2)
+    began_by(workspace, resume)
     assert step_of_the_next() == 2 and "without" not in _what_continues(settings)
-    assert begin_state(workspace.root / STEP_2, settings).resume == given  # and when it leaves again
-    began_so(STEP_2)
-    flip(f"{STEP_2}/state.json".replace("state.json", "actors/__0_0.distcp"))(workspace)
-    with pytest.raises(SettingsError, match="step_2 is damaged"):
-        step_of_the_next()  # the first step's is another run's
-    flip(f"{STEP_2}/actors/__0_0.distcp")(workspace)
-    began_so(STEP_1, STEP_2)
+    flip(f"{STEP_2}/state.json")(workspace)
+    assert step_of_the_next() == 1 and "step_2 is damaged: state.json" in find_checkpoint(settings)[2][0]
+    flip(f"{STEP_2}/state.json")(workspace)
     mark(run, "SIGTERM", 2, begun=False)
     assert begins_again()  # it was told to leave before it had gone back
     unmark(run)
     assert begins_again()
+
+
+def test_a_run_that_began_elsewhere_begins_there_again_until_it_has_a_checkpoint_of_its_own(workspace):
+    """Also without `run.resume`; the next time too. (It has died hard, after a step.)"""
+    make_run(workspace)
+    kept = workspace.root / "kept"
+    shutil.move(workspace.root / STEP_2, kept)
+    shutil.rmtree(workspace.root / "run" / "checkpoints")
+    given = began_by(workspace, kept).run.resume
+    settings = settings_of(*workspace.base[1:]).resolve()
+    for _ in range(2):
+        check_run_folder(settings)
+        checkpoint, state, problems = find_checkpoint(settings)
+        assert (checkpoint, state.step, problems, settings.run.resume) == (kept, 2, [], given)
+        settings.save(workspace.root / "run" / "config.yaml")
+        settings = settings_of(*workspace.base[1:]).resolve()
+    shutil.rmtree(kept)
+    with pytest.raises(
+        SettingsError, match=r"^run\.dir: the run in .*/run began elsewhere, but .*/kept is not a complete checkpoint"
+    ):
+        find_checkpoint(settings)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(workspace):
+    make_run(workspace)
+    settings = settings_of(*workspace.base[1:], f"--run.resume={STEP_2}").resolve()
+    assert find_checkpoint(settings)[1].step == 2
+    flip(f"{STEP_2}/actors/__0_0.distcp")(workspace)
+    with pytest.raises(SettingsError, match=r"^run\.resume: .*step_2 is damaged"):
+        find_checkpoint(settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts_per_step", "done", "used", "steps"),
+    [(10, 0, 0, 200), (10, 50, 500, 200), (20, 50, 500, 125), (10, 25, 500, 175), (7, 50, 500, 50 + 214), (10, 200, 2000, 200)],
+)
+def test_epochs_with_another_size_of_a_step(prompts_per_step, done, used, steps):
+    """1000 problems, 2 epochs: what has been used is, in steps of whatever size; 2 of 1500 are left over by sevens."""
+    settings = Settings()
+    settings.trainer.epochs, settings.trainer.prompts_per_step = 2, prompts_per_step
+    _set_steps(settings, 1000, done=done, used=used)
+    assert settings.trainer.steps == steps
 
 
 def test_a_run_that_never_goes_on_may_be_told_to_leave_before_its_first_step(workspace):

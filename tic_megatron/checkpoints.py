@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tic_megatron.config import SettingsError
 from tic_megatron.observability.files import disk_problem, lower_priority
-from tic_megatron.preemption import has_left
 
 MANIFEST = "manifest.json"
 UNFINISHED, PENDING = ".unfinished", ".pending"
@@ -33,7 +32,7 @@ class RunState:
     `step`: last step that was trained; `unrecorded`: its metrics, as long as its evaluation is to come; `cursor`: place in the
     training problems; `accuracy_before`, `accuracy`: measured before step 1 and last, as `benchmarks_before`, `benchmarks` by
     their names; `wall_s`: seconds spent so far; `programs`: SHA-256 of the user's Python files, by the setting that names them;
-    `skipped_in_a_row`: the last updates, as far as all were skipped; `resume`: `run.resume` of the command that it comes from.
+    `skipped_in_a_row`: the last updates, as far as all were skipped.
     """
 
     step: int = 0
@@ -46,7 +45,6 @@ class RunState:
     wall_s: float = 0.0
     programs: dict[str, str] = field(default_factory=dict)
     skipped_in_a_row: int = 0
-    resume: str = "auto"
 
 
 class CheckpointError(RuntimeError):
@@ -172,23 +170,13 @@ class Checkpoints:
         """Whether it is one of this folder's, and not only a copy."""
         return checkpoint.resolve() in [own.resolve() for own in self._all()]
 
-    def set_aside_after(self, step: int, origin: Path | None) -> None:
-        """Move checkpoints aside that a run does not come from which continues after this step from `origin` (None: from the
-        start): those of later steps, and of this one, unless it is the origin."""
+    def set_aside_others(self, origin: Path | None) -> None:
+        """Move checkpoints aside that are of another course than a run which continues from `origin` (None: which begins): those
+        of later steps if the origin is one of this folder's, and all of them if it is not."""
+        last = _step_of(origin) if origin and self.is_own(origin) else -1
         for checkpoint in self._all():
-            if _step_of(checkpoint) > step or (_step_of(checkpoint) == step and not (origin and self.is_own(origin))):
+            if _step_of(checkpoint) > last:
                 self._set_aside(checkpoint)
-
-    def last_step(self) -> int:
-        """Of the newest, intact or not; 0 without any."""
-        return max(map(_step_of, self._all()), default=0)
-
-    def left(self, resume: str) -> list[Path]:
-        """Those, by step, of a run that `--run.resume` (`never`, or a path) began in this folder, and that has left when it was
-        told to: the same command goes on from them. It would begin again without the marker."""
-        if resume == "auto" or not has_left(self.folder.parent):
-            return []
-        return [path for path in self._all() if (state := state_or_none(path)) is not None and state.resume == resume]
 
     def _set_aside(self, checkpoint: Path) -> None:
         names = (f"{checkpoint.name}.replaced{number or ''}" for number in itertools.count())
@@ -206,25 +194,23 @@ class Checkpoints:
         self.failed += 1
         shutil.rmtree(unfinished, ignore_errors=True)
 
-    def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """The checkpoint that `run.resume` means, None to start afresh; and why newer ones were passed over, a line each.
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest intact checkpoint, None if there has been none; and why newer ones were passed over, a line each.
 
-        Raises SettingsError when a named one is not there or damaged, and when all are damaged.
+        Raises SettingsError when all are damaged.
         """
-        left = self.left(resume)
-        if resume == "never" and not left:
-            return None, []
-        if resume != "auto" and not left:
-            problem = find_damage(Path(resume))
-            if problem:
-                raise SettingsError(f"run.resume: {problem}; give auto, never or another of checkpoints/step_N")
-            return Path(resume), []
         problems: list[str] = []
-        for checkpoint in reversed(left or self._all()):
-            problem = find_damage(checkpoint)
-            if problem is None:
-                return checkpoint, problems
-            problems.append(problem)
+        removed = True  # by a run that goes on meanwhile, which has a newer one then
+        while removed:
+            problems, removed = [], False
+            for checkpoint in reversed(self._all()):
+                problem = find_damage(checkpoint)
+                if problem is None:
+                    return checkpoint, problems
+                if checkpoint.exists():
+                    problems.append(problem)
+                else:
+                    removed = True
         if problems:
             raise SettingsError(
                 f"run.dir: no checkpoint of {self.folder.parent} is intact: {problems[0]}; restore one from a copy, or start "
@@ -319,11 +305,3 @@ def _sync(path: Path) -> None:
 def load_state(checkpoint: Path) -> RunState:
     """The driver's part of a checkpoint."""
     return RunState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-
-
-def state_or_none(checkpoint: Path) -> RunState | None:
-    """The same, before anything has been checked."""
-    try:
-        return load_state(checkpoint)
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None

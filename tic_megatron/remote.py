@@ -79,13 +79,13 @@ class WorkerPool:
     def start(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
         """Call a method of all workers without waiting; the function returned waits for their results, like `call`."""
         deadline = self._deadline(method)
-        calls = [_call(worker, method, deadline.seconds, arguments) for worker in self.workers]
+        calls = [_call(worker, method, deadline.seconds, arguments) for worker in self._running()]
         return lambda: self._wait(method, calls, deadline)
 
     def call_each(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         """Call a method of the first workers, each with its own arguments. Raises WorkerError."""
         deadline = self._deadline(method)
-        calls = [_call(worker, method, deadline.seconds, a) for worker, a in zip(self.workers, arguments, strict=False)]
+        calls = [_call(worker, method, deadline.seconds, a) for worker, a in zip(self._running(), arguments, strict=False)]
         return self._wait(method, calls, deadline)
 
     def ask(self, method: str, *arguments: Any, timeout_s: float) -> list[Any | None]:
@@ -93,6 +93,13 @@ class WorkerPool:
         calls = [_call(worker, method, timeout_s, arguments) for worker in self.workers]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
         return [result_or_none(call) if call in done else None for call in calls]
+
+    def _running(self) -> list[Any]:
+        """The workers. When they have been ended, nothing has been done by all of them: a thread that asks whether a checkpoint
+        is written must not take that for yes."""
+        if not self.workers:
+            raise WorkerError(f"the {self.kind}s have been ended")
+        return self.workers
 
     def stop(self) -> None:
         """End all workers, also those that hang or have died."""

@@ -86,7 +86,7 @@ class Run:
         self.checkpoints.remove_unfinished()
         checkpoint = self.inputs.checkpoint
         self.state = begin_state(checkpoint, settings)
-        self.checkpoints.set_aside_after(self.state.step, checkpoint)
+        self.checkpoints.set_aside_others(checkpoint)
         self._saved = self.state.step if checkpoint and self.checkpoints.is_own(checkpoint) else None
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
         unmark(self.dir)
@@ -130,7 +130,10 @@ class Run:
         if problem:
             self.progress.note(f"warning: {problem}; the rollout that was made ahead is made again")
         pending = PendingRollout.read(folder) if folder else None
-        if pending is not None:
+        changed = [name for name in self.settings.run.allow_change if name.startswith(("data.", "model.", "reward.", "rollout."))]
+        if pending is not None and changed:
+            self.progress.note(f"the rollout that was made ahead is made again, since {', '.join(changed)} may have changed")
+        elif pending is not None:
             self.rollouts.restore(pending)
             self._saved_pending = True
 
@@ -230,6 +233,9 @@ class Run:
             held_out = self._evaluate_held_out(self.rollouts)
             benchmarks = [self._evaluate_benchmark(self.rollouts, chosen) for chosen in self.inputs.benchmarks]
         results = [*([held_out] if held_out else []), *benchmarks]
+        for result in results:
+            for fault in result.faults:
+                self.progress.note(f"warning: evaluation {result.name}, {fault}")
         self.state.benchmarks = accuracies = {result.name: result.accuracy for result in benchmarks}
         if held_out is not None:
             self.state.accuracy = held_out.accuracy

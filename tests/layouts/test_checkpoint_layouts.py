@@ -193,7 +193,7 @@ def test_damage_to_any_file_of_a_real_checkpoint_is_found(prover, rank_pool, tmp
         for how in ("truncated", "flipped"):
             content = file.read_bytes()
             damage(file, how)
-            found, (line,) = checkpoints.find("auto")
+            found, (line,) = checkpoints.newest()
             assert found.name == "step_10" and "step_20 is damaged" in line, (file, how)
             file.write_bytes(content)
-    assert checkpoints.find("auto") == (newest, [])
+    assert checkpoints.newest() == (newest, [])

@@ -29,7 +29,6 @@ from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rewards.code import level_lines
 from tic_megatron.supervisor import supervise
 
-MOST_FAULTS_NAMED = 3
 WIDTH = 110
 """Columns of the printed table."""
 
@@ -47,6 +46,7 @@ def run(settings: EvaluateSettings) -> int:
         return supervise(
             lambda attempt: _drive(settings, inputs),
             max_restarts=settings.run.max_restarts,
+            reached=_saved(settings, inputs),
             last_step=lambda: _saved(settings, inputs),
             leave=lambda number: _leave(folder, number),
             note=say,
@@ -146,10 +146,8 @@ def _complete(settings: EvaluateSettings, chosen: EvalSet, mode: Mode, engines: 
         right = sum(row["right"] for row in rows) / len(rows)
         done = f"{len(rows) // mode.samples} of {n} problems"
         say(f"{chosen.benchmark.name}, {mode.name}: {done}, {100 * right:.2f}% right so far")
-        for fault in faults[:MOST_FAULTS_NAMED]:
+        for fault in faults:
             say(f"warning: {chosen.benchmark.name}, {fault}")
-        if len(faults) > MOST_FAULTS_NAMED:
-            say(f"warning: {len(faults) - MOST_FAULTS_NAMED} more could not be graded; all are in logs/rewards.log")
 
     log = Path(settings.run.dir) / "logs" / "rewards.log"
     with RewardWorkers(grader_settings(chosen.benchmark, settings.reward), log) as rewards:

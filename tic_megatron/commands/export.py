@@ -46,7 +46,13 @@ def run(source: str, out: str) -> int:
         unfinished.rename(target)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError):
+        if not checkpoint.exists():
+            print(
+                f"tic-megatron: error: the export failed: {checkpoint} has been removed meanwhile, by its run for a newer one; "
+                "export again, or raise trainer.keep_checkpoints",
+                file=sys.stderr,
+            )
+        elif isinstance(error, OSError):
             print(f"tic-megatron: error: the export failed: {disk_problem(error, unfinished)}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -69,7 +75,7 @@ def choose_checkpoint(source: Path) -> Path:
         raise SettingsError(
             f"export: {source} is neither a run folder (no checkpoints/) nor a checkpoint (no {MANIFEST}); give one of them"
         )
-    checkpoint, problems = Checkpoints(source, keep=1).find("auto")
+    checkpoint, problems = Checkpoints(source, keep=1).newest()
     for problem in problems:
         print(f"warning: {problem}; an older checkpoint is used", file=sys.stderr)
     if checkpoint is None:

@@ -79,7 +79,7 @@ def preflight(settings: Settings) -> TrainInputs:
         for problem in (*train_problems, *eval_problems):
             check_code_answer(problem.answer, problem.where, settings.data.answer_field)
     _check_enough(len(train_problems), settings, "")
-    _set_steps(settings, len(train_problems))
+    _set_steps(settings, len(train_problems))  # as if none had been done
     directory = locate_model(settings.model.path)
     config = read_config(directory)
     check_remote_code(directory, trusted=settings.model.trust_remote_code)
@@ -117,11 +117,17 @@ def preflight(settings: Settings) -> TrainInputs:
         step=state.step,
         damaged=damaged,
     )
-    _set_steps(settings, len(inputs.train_prompts))
-    check_profile(settings)
+    cursor = PromptCursor(inputs.train_prompts, settings.run.seed)
     if state.cursor is not None:  # refuses other problems than the checkpoint's
-        allowed = "data.train" in settings.run.allow_change
-        PromptCursor(inputs.train_prompts, settings.run.seed).load_state_dict(state.cursor, allow_other_prompts=allowed)
+        cursor.load_state_dict(state.cursor, allow_other_prompts="data.train" in settings.run.allow_change)
+    _set_steps(settings, len(inputs.train_prompts), done=state.step, used=cursor.used)
+    if state.step > settings.trainer.steps:
+        by = "" if settings.trainer.epochs is None else f" (by trainer.epochs {settings.trainer.epochs})"
+        raise SettingsError(
+            f"trainer.steps is {settings.trainer.steps}{by}, but {checkpoint} has done {state.step}; give at least that, or "
+            "another --run.dir"
+        )
+    check_profile(settings)
     return inputs
 
 
@@ -217,11 +223,12 @@ def _check_enough(count: int, settings: Settings, remark: str) -> None:
         )
 
 
-def _set_steps(settings: Settings, n_problems: int) -> None:
-    """`trainer.steps` of the `trainer.epochs`, if they are given: the problems that are left over make no step."""
+def _set_steps(settings: Settings, n_problems: int, *, done: int = 0, used: int = 0) -> None:
+    """`trainer.steps` of the `trainer.epochs`, if they are given, when `done` steps have used so many problems, perhaps with
+    another `trainer.prompts_per_step`; those that are left over make no step."""
     trainer = settings.trainer
     if trainer.epochs is not None:
-        trainer.steps = n_problems * trainer.epochs // trainer.prompts_per_step
+        trainer.steps = done + (n_problems * trainer.epochs - used) // trainer.prompts_per_step
 
 
 def _check_reference(settings: Settings, hf_config: PretrainedConfig) -> None:

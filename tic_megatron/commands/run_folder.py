@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, load_state
+from tic_megatron.checkpoints import SETTINGS_FILE, Checkpoints, RunState, find_damage, load_state
 from tic_megatron.config import CHAT_TEMPLATES, GRADING_ONLY, RewardSettings, Settings, SettingsError
 from tic_megatron.evaluation import eval_name
 from tic_megatron.observability.metrics import METRICS_FILE, read_metrics
@@ -52,9 +52,8 @@ def check_run_folder(settings: Settings) -> None:
     _check_writable(folder)
     if settings.run.dir == settings.model.path:
         raise SettingsError(f"run.dir: {folder} is model.path too; give the run a folder of its own")
-    resume = settings.run.resume
-    left = Checkpoints(folder, settings.trainer.keep_checkpoints).left(resume)
-    if resume not in ("auto", "never") and not left:
+    resume, continues = settings.run.resume, goes_on(settings)
+    if resume not in ("auto", "never") and not continues:
         if not Path(resume).exists():
             raise SettingsError(f"run.resume: there is no checkpoint {resume}; give auto, never, or a checkpoint's path")
         origins = (Path(resume), Path(resume).parent.parent)  # a checkpoint has its settings with it; RUN/checkpoints/step_N
@@ -63,22 +62,53 @@ def check_run_folder(settings: Settings) -> None:
             _check_same_run("run.resume", origin, settings)
     if not (folder / "config.yaml").exists() and not has_trained(folder):
         return
-    if resume == "never" and not left and (has_trained(folder) or not has_left(folder)):
+    if resume == "never" and not continues:
         raise SettingsError(f"run.dir: {folder} holds a run already; give another --run.dir, or --run.resume auto to continue it")
     _check_same_run("run.dir", folder, settings)
     _check_metrics(folder / METRICS_FILE)
 
 
+def goes_on(settings: Settings) -> bool:
+    """Whether the run goes on from the last checkpoint of its own folder, if there is one: by `run.resume: auto`, and when the
+    folder's run began by the same `run.resume` (`never`, or a path) and has left when it was told to. Without that marker the
+    same command begins again."""
+    folder, resume = Path(settings.run.dir), settings.run.resume
+    return resume == "auto" or (has_left(folder) and _began_by(folder) == resume)
+
+
+def _began_by(folder: Path) -> str:
+    """`run.resume` of the folder's run, when it last started."""
+    try:
+        return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["run"]["resume"]
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
+        return "auto"  # whoever compares the settings says what is wrong
+
+
 def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str]]:
     """What the run continues from: the checkpoint (None: nothing), its state, and why newer ones were passed over.
 
-    Reads all of it once, to compare it with its hashes. SettingsError when no checkpoint is intact, or the one that is was not
-    written by a run of these settings.
+    A run that began at a checkpoint of elsewhere, and has none of its own yet, begins there again; so `run.resume` becomes that
+    path, for the next time. Reads all of the checkpoint once, to compare it with its hashes. SettingsError when none is intact,
+    or the one that is was not written by a run of these settings.
     """
-    setting = "run.dir" if settings.run.resume == "auto" else "run.resume"
-    checkpoint, problems = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).find(settings.run.resume)
+    folder, resume = Path(settings.run.dir), settings.run.resume
+    setting = "run.dir" if resume == "auto" else "run.resume"
+    checkpoint: Path | None = None
+    problems: list[str] = []
+    if goes_on(settings):
+        checkpoint, problems = Checkpoints(folder, settings.trainer.keep_checkpoints).newest()
     if checkpoint is None:
-        return None, RunState(), problems
+        origin = _began_by(folder) if resume == "auto" else resume
+        if origin in ("auto", "never"):
+            return None, RunState(), []
+        settings.run.resume, checkpoint = origin, Path(origin)
+        problem = find_damage(checkpoint)
+        if problem and resume == "auto":
+            raise SettingsError(
+                f"run.dir: the run in {folder} began elsewhere, but {problem}; restore it, or give another --run.dir"
+            )
+        if problem:
+            raise SettingsError(f"run.resume: {problem}; give auto, never or another of checkpoints/step_N")
     try:
         state = load_state(checkpoint)
         sound = type(state.step) is int and (state.cursor is None or _is_cursor(state.cursor)) and type(state.programs) is dict
@@ -88,11 +118,6 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
     if not sound:
         raise SettingsError(
             f"{setting}: {checkpoint / 'state.json'} is not the state of a run; restore it from a copy, or give another one"
-        )
-    if state.step > settings.trainer.steps:
-        raise SettingsError(
-            f"trainer.steps is {settings.trainer.steps}, but {checkpoint} has done {state.step}; give at least that, or another "
-            "--run.dir"
         )
     check_programs(checkpoint, state, settings)
     return checkpoint, state, problems
@@ -121,8 +146,6 @@ def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
     """What a driver starts with: the checkpoint's state, or a new one; with the programs that it will run, and without
     accuracies that those to come cannot be compared with."""
     state = load_state(checkpoint) if checkpoint else RunState()
-    if settings.run.resume != "auto":
-        state.resume = settings.run.resume
     state.programs = digest_programs(settings)
     if checkpoint and (checkpoint / SETTINGS_FILE).exists() and _measures_otherwise(_all_changes(checkpoint, settings)):
         state.accuracy_before, state.benchmarks_before = None, {}

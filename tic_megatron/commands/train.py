@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tic_megatron.checkpoints import Checkpoints, load_state, state_or_none
+from tic_megatron.checkpoints import Checkpoints, load_state
 from tic_megatron.commands.driver import LOCK_FILE, drive, lock, say
 from tic_megatron.commands.preflight import TrainInputs, preflight
-from tic_megatron.commands.run_folder import check_programs, has_trained, record_changes
+from tic_megatron.commands.run_folder import check_programs, goes_on, has_trained, record_changes
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.files import atomic_writer, disk_problem
 from tic_megatron.observability.metrics import METRICS_FILE, last_step, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
-from tic_megatron.preemption import MARKER, has_left, mark, taking_signals
+from tic_megatron.preemption import MARKER, mark, taking_signals
 from tic_megatron.rewards.code import level_lines
 from tic_megatron.supervisor import supervise
 
@@ -35,12 +35,13 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         # Until another process leaves the folder, what there is to continue from may change.
         locked = _is_file(folder / LOCK_FILE) and _lock(folder, stack)
-        begun = settings.run.resume == "auto" or has_left(folder)
+        begun = goes_on(settings)
         with taking_signals(lambda number: _leave(settings, number, begun=begun)):
             inputs = preflight(settings)
             if not locked:
                 _lock(folder, stack)
             _prepare(folder, settings, inputs)
+            begun = True
             for warning in inputs.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
             graders = [settings.reward.function, *(chosen.benchmark.reward for chosen in inputs.benchmarks)]
@@ -75,20 +76,14 @@ def _leave(settings: Settings, number: signal.Signals, *, begun: bool = True) ->
     except OSError as error:
         say(f"error: left at {number.name} without saving, and without a marker: {disk_problem(error, folder)}")
         return 1
-    goes_on = f"{_what_continues(settings)} from the last checkpoint in {folder}" if begun else "the same command begins again"
-    say(f"left at {number.name} without saving; {goes_on}")
+    what = f"{_what_continues(settings)} from the last checkpoint in {folder}" if begun else "the same command begins again"
+    say(f"left at {number.name} without saving; {what}")
     return 0
 
 
 def _what_continues(settings: Settings) -> str:
-    """Once the run has a checkpoint of its own, `run.resume` would have it begin again at another one, or refuse to, unless it
-    has left with a marker."""
-    folder, resume = Path(settings.run.dir), settings.run.resume
-    checkpoints = Checkpoints(folder, settings.trainer.keep_checkpoints)
-    own = checkpoints.last_step()
-    began_at = state_or_none(Path(resume))
-    goes_on = checkpoints.left(resume) or (has_left(folder) and not has_trained(folder))
-    drop = (resume == "never" or (resume != "auto" and 0 < own >= (began_at.step if began_at else 0))) and not goes_on
+    """With `run.resume` it may begin again, or refuse to."""
+    drop = has_trained(Path(settings.run.dir)) and not goes_on(settings)
     return f"the same command{' without --run.resume' if drop else ''} continues"
 
 
@@ -117,13 +112,11 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
 
 
 def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
-    """Those of a restart: it goes on from the run's own last checkpoint, once there is one that comes from this start."""
-    checkpoint, damaged = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).find("auto")
+    """Those of a restart: it goes on from the run's own last checkpoint, once there is one. Others have been moved aside."""
+    checkpoint, damaged = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).newest()
     if checkpoint is None:
         return inputs
     state = load_state(checkpoint)
-    if settings.run.resume != "auto" and inputs.checkpoint and state.step <= inputs.step:
-        return inputs  # of the run as it was before it went back to a named one
     check_programs(checkpoint, state, settings)
     return replace(inputs, checkpoint=checkpoint, step=state.step, damaged=damaged)
 
@@ -146,16 +139,16 @@ def _lock(folder: Path, stack: ExitStack) -> bool:
 
 
 def _prepare(folder: Path, settings: Settings, inputs: TrainInputs) -> None:
-    """Write the settings down, and move checkpoints of later steps than the one that the run goes back to aside: a restart would
-    take the last of them."""
+    """Move checkpoints of another course aside: a restart would take the last of them. Then write the settings down: from here on
+    the folder's run is this one."""
     try:
         (folder / "logs").mkdir(exist_ok=True)
+        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_others(inputs.checkpoint)
         changes = record_changes(settings, inputs.checkpoint)
         if changes:
             print(changes, file=sys.stderr)
         with atomic_writer(folder / "config.yaml") as file:
             file.write(settings.to_yaml())
-        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_after(inputs.step, inputs.checkpoint)
     except OSError as error:
         raise _unwritable(folder, error) from error
 

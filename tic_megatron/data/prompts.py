@@ -169,6 +169,11 @@ class PromptCursor:
             batch += [self._prompts[index] for index in taken]
         return batch
 
+    @property
+    def used(self) -> int:
+        """Problems given out so far, of all epochs."""
+        return self._epoch * len(self._prompts) + self._position
+
     def state_dict(self) -> dict[str, int]:
         """The place: plain numbers, for a checkpoint."""
         return {"seed": self._seed, "epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint}
