@@ -35,12 +35,12 @@ class FakeEngine:
     def __init__(self, options: EngineOptions) -> None:
         self.folder = Path(options.log_file).parent
         self.index = int(Path(options.log_file).stem.rpartition("_")[2])
-        if (self.folder / f"no_start_{self.index}").exists():
-            raise RuntimeError("no room on this GPU")
         self.jobs: list[Job] = []
         self.version = 0
 
     def ready(self) -> int:
+        if (self.folder / f"no_start_{self.index}").exists():
+            raise RuntimeError("no room on this GPU")
         return os.getpid()
 
     def advance(self, order: Advance) -> Progress:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 from tic_megatron.algorithms import dense_advantages, group_advantages
 from tic_megatron.trajectory import Group, Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from tic_megatron.rollout.engines import Rollout
 
 
 def random_rollout(
@@ -42,6 +46,15 @@ def group_of(index: int, answer: str, responses: list[str]) -> Group:
     """Prompt `p:<index>` with these responses, not graded."""
     prompt = Prompt(f"p:{index}", "?", answer, (1,))
     return Group(prompt, [Trajectory(prompt, [5, 6], [-0.5, -0.25], [1, 1], text, False, 0) for text in responses])
+
+
+def rollout_of(groups: list[Group], set_aside: dict[int, tuple[Prompt, str]] | None = None) -> Rollout:
+    """What engines would return of these, `set_aside` by place among the prompts, with the reason."""
+    from tic_megatron.rollout.engines import Rollout
+    from tic_megatron.rollout.generation import Outcome
+
+    aside = set_aside or {}
+    return Rollout(groups, list(aside.values()), Outcome({place: reason for place, (_, reason) in aside.items()}))
 
 
 def grade_tokens(trajectories: list[Trajectory], rng: random.Random) -> None:

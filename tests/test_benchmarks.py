@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.rollouts import rollout_of
 from tests.workspace import write_rows
 from tic_megatron.commands.evaluate_preflight import _choose_device
 from tic_megatron.config import DataSettings, RewardSettings, SettingsError
@@ -109,20 +110,22 @@ def test_programs(tmp_path):
 
 
 class Answering:
-    """The engines' interface: right or wrong as a response's seed says; dies before a batch when told to."""
+    """The engines' interface: right or wrong as a response's seed says; dies before a batch when told to, and refuses prompts."""
 
-    def __init__(self, dies_at=None):
-        self.dies_at, self.asked = dies_at, []
+    def __init__(self, dies_at=None, refused=()):
+        self.dies_at, self.refused, self.asked = dies_at, refused, []
 
     def generate(self, prompts, *, group_size, temperature, top_p, top_k, max_tokens, seed, first):
         if len(self.asked) == self.dies_at:
             raise KeyboardInterrupt
         self.asked.append((first, [prompt.id for prompt in prompts]))
         requests = _requests(prompts, group_size, temperature, top_p, max_tokens, seed, top_k, first)
-        return [
+        groups = [
             Group(p, [_answered(p, r.seed + sample) for sample in range(group_size)])
             for p, r in zip(prompts, requests, strict=True)
         ]
+        aside = {place: (p, "it is too long") for place, p in enumerate(prompts) if p in self.refused}
+        return rollout_of([group for place, group in enumerate(groups) if place not in aside], aside)
 
 
 def _answered(prompt, seed):
@@ -133,9 +136,9 @@ def _answered(prompt, seed):
 PROMPTS = [Prompt(f"h:{index}", f"{index}+1=", str(index + 1), (1, 2)) for index in range(11)]
 
 
-def completed(path, engines, *, batch=4, mode=MODE):
+def completed(path, engines, *, batch=4, mode=MODE, tell=lambda rows, faults: None):
     with RewardWorkers(RewardSettings(function="exact")) as rewards:
-        return complete(path, mode, PROMPTS, engines, rewards, batch=batch, tell=lambda rows, faults: None)
+        return complete(path, mode, PROMPTS, engines, rewards, batch=batch, tell=tell)
 
 
 def test_what_is_kept_of_a_response(tmp_path):
@@ -213,15 +216,42 @@ def test_a_grader_that_fails_is_told_where_it_failed(tmp_path):
     assert benchmark_numbers(2, 0, [], rows)["avg_at_1_not_graded"] == 1
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_problem_that_engines_refuse_counts_as_wrong(tmp_path, seed):
+    """The others' responses are those of an evaluation without trouble, also when it was interrupted."""
+    whole = completed(tmp_path / "whole.jsonl", Answering())
+    places = np.random.default_rng(seed).choice(11, 3, replace=False)
+    refused, path, told = [PROMPTS[place] for place in places], tmp_path / "r.jsonl", []
+    with pytest.raises(KeyboardInterrupt):
+        completed(path, Answering(dies_at=1, refused=refused))
+    rows = completed(path, Answering(refused=refused), tell=lambda rows, faults: told.extend(faults))
+    assert read_rows(path, MODE, 11) == rows
+    for row, other in zip(rows, whole, strict=True):
+        if row["index"] not in places:
+            assert row == other
+            continue
+        assert {name: row[name] for name in ("problem", "index", "sample", "seed")}.items() <= other.items()
+        assert (row["response"], row["tokens"], row["score"], row["right"]) == ("", 0, 0.0, False)
+        assert row["fault"] == "not answered: it is too long; it counts as wrong"
+    late = sorted(place for place in places if place >= 4)  # the first batch was told of before
+    assert told == [f"prompt h:{place}, not answered: it is too long; it counts as wrong" for place in late]
+    numbers, answered = benchmark_numbers(11, 3, rows, []), [row for row in whole if row["index"] not in places]
+    assert numbers["not_graded"] == 9 and numbers["avg_at_k"] == pytest.approx(sum(row["right"] for row in answered) / 33)
+    assert numbers["length_mean"] == pytest.approx(np.mean([row["tokens"] for row in answered]))
+    assert numbers["truncated_fraction"] == pytest.approx(np.mean([row["truncated"] for row in answered]))
+
+
 class Listed:
     def __init__(self, texts):
         self.texts = texts
 
     def generate(self, prompts, **_):
-        return [
-            Group(p, [Trajectory(p, [5], [-0.5], [1], text, False, 0) for text in texts])
-            for p, texts in zip(prompts, self.texts, strict=True)
-        ]
+        return rollout_of(
+            [
+                Group(p, [Trajectory(p, [5], [-0.5], [1], text, False, 0) for text in texts])
+                for p, texts in zip(prompts, self.texts, strict=True)
+            ]
+        )
 
 
 # ---- numbers ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +13,9 @@ from tests.runs import untimed
 from tic_megatron.config import Settings
 from tic_megatron.observability.rollouts import read_rollout, rollout_path
 from tic_megatron.rewards import GradeReport
+from tic_megatron.rollout.engines import Rollout
+from tic_megatron.rollout.generation import Outcome
+from tic_megatron.rollout.source import SampledRollouts
 from tic_megatron.run import Run
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
@@ -104,6 +107,28 @@ def test_without_it_and_on_saved_rollouts_nothing_is_asked_for(rollout):
     source = Source(useful=0.3)
     kept, left_out, metrics, _ = refill(source, **rollout)
     assert len(kept) == WANTED and not left_out and not source.asked and not metrics
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_engines_idle_share_is_that_of_all_rollouts_of_the_step(seed):
+    draw = random.Random(seed)
+    pool, rewards = SimpleNamespace(failures=0, restarts=0), SimpleNamespace(grade_groups=lambda groups: GradeReport())
+    engines: Any = SimpleNamespace(pool=pool)
+    source = SampledRollouts(Settings(), engines, cast(Any, rewards))
+    for step in (1, 2):
+        outcomes = []
+        for refill in range(draw.randint(1, 4)):
+            busy = {engine: draw.random() for engine in range(3)}
+            outcomes.append(outcome := Outcome(seconds=draw.uniform(1.0, 60.0), busy=busy))
+            engines.sample = lambda prompts, outcome=outcome, **_: Rollout([], [], outcome)
+            source.begin([], step, refill or 1)  # one that may come to nothing
+            source.collect()
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        idle = [1 - sum(outcome.busy[engine] * outcome.seconds for outcome in outcomes) / seconds for engine in range(3)]
+        metrics = source.metrics()
+        assert metrics["rollout/engine_idle_fraction"] == pytest.approx(sum(idle) / 3)
+        assert metrics["rollout/engine_idle_fraction_max"] == pytest.approx(max(idle))
+        assert "rollout/engine_idle_fraction" not in source.metrics()  # nothing was made since
 
 
 @pytest.mark.slow  # two short runs

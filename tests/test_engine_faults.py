@@ -6,8 +6,10 @@ import copy
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ from tic_megatron.config import Settings
 from tic_megatron.preemption import Preempted, Preemption
 from tic_megatron.remote import WorkerError
 from tic_megatron.rollout import pool
+from tic_megatron.rollout.engine import EngineWorker
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.source import SampledRollouts
 from tic_megatron.trajectory import Prompt
@@ -119,8 +122,8 @@ def test_a_prompt_that_kills_engines_is_set_aside_and_named(start, tmp_path, dee
     assert [g.prompt.id for g in rollout.groups] == [f"p{i}" for i in range(10) if i != 1]
     (mark,) = tmp_path.glob("done_*")
     assert 2 <= len(mark.read_text().splitlines()) == group.pool.failures <= 3
-    with pytest.raises(WorkerError, match="1 prompts could not be answered; the first, p1: "):
-        group.generate(prompts, group_size=2, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
+    held_out = group.generate(prompts, group_size=2, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
+    assert held_out.set_aside == rollout.set_aside and answers(held_out) == answers(rollout)
 
 
 def test_a_refused_prompt_costs_no_engine(start):
@@ -129,6 +132,8 @@ def test_a_refused_prompt_costs_no_engine(start):
     assert len(sample(group, once).groups) == 6
     rollout = sample(group, always)
     assert [(p.id, reason) for p, reason in rollout.set_aside] == [("p1", "it is too long")]
+    with pytest.raises(WorkerError, match="none of 1 prompts could be answered; the first, p1: it is too long"):
+        group.generate(always[1:2], group_size=2, temperature=1.0, top_p=1.0, max_tokens=16, seed=3)
     assert group.pool.failures == 0
 
 
@@ -143,6 +148,38 @@ def test_an_engine_that_never_starts_is_named_at_once(start, tmp_path):
     (tmp_path / "no_start_1").touch()
     with pytest.raises(WorkerError, match=r"engine 1 failed in ready: .*no room on this GPU.*engine_1\.log"):
         start(2)
+
+
+class Unloadable(EngineWorker):
+    """The real one, with a vLLM that loads nothing."""
+
+    ERROR: Exception
+
+    def __init__(self, options):
+        vllm, config = ModuleType("vllm"), ModuleType("vllm.config")
+        vllm.LLM, config.WeightTransferConfig = self._load, dict
+        sys.modules |= {"vllm": vllm, "vllm.config": config}
+        super().__init__(options)
+
+    def _load(self, **arguments):
+        raise self.ERROR
+
+
+class TooLarge(Unloadable):
+    ERROR = ValueError("no memory is left for the cache blocks")
+
+
+class Unreadable(Unloadable):
+    ERROR = OSError("stale file handle")
+
+
+@pytest.mark.parametrize(("worker", "may_pass"), [(TooLarge, False), (Unreadable, True)])
+def test_a_failed_load_is_judged_by_its_cause(start, worker, may_pass):
+    """What a second try would meet again does not start the run again."""
+    words = rf"^engine 0 failed in ready: {type(worker.ERROR).__name__}: {worker.ERROR} \(its log: .*engine_0\.log\)$"
+    with pytest.raises(WorkerError, match=words) as error:
+        start(1, worker)
+    assert error.value.may_pass == may_pass
 
 
 def test_hung_and_stopped_processes_do_not_outlive_the_engines(start, monkeypatch):
@@ -433,5 +470,5 @@ def test_the_tail_is_cut(start):
         assert 1 <= len(t.response_ids) == len(t.inference_logprobs) == len(t.response_mask)
     assert not any(t.truncated for t in rollout.groups[0].trajectories)
     # Evaluation is not cut.
-    groups = group.generate(prompts[:4], group_size=1, temperature=0.0, top_p=1.0, max_tokens=16, seed=0)
-    assert not any(t.truncated for g in groups for t in g.trajectories)
+    rollout = group.generate(prompts[:4], group_size=1, temperature=0.0, top_p=1.0, max_tokens=16, seed=0)
+    assert not any(t.truncated for g in rollout.groups for t in g.trajectories)

@@ -44,7 +44,7 @@ def test_stop_tokens_end_responses_and_longer_texts_fit(ray_cluster, tmp_path):
     draw = random.Random(0)
     prompts = [Prompt(f"p{i}", "", "", tuple(draw.randrange(3, 300) for _ in range(n))) for i, n in enumerate([5, 200, 30, 17])]
     try:
-        groups = engines.generate(prompts, group_size=24, temperature=1.0, top_p=1.0, max_tokens=24, seed=3)
+        groups = engines.generate(prompts, group_size=24, temperature=1.0, top_p=1.0, max_tokens=24, seed=3).groups
     finally:
         engines.stop()
     seen = set()

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
 
 from tests.models import make_tiny_qwen3
+from tests.rollouts import rollout_of
 from tic_megatron.commands.evaluate_preflight import IDENTITY_FILE, _check_same_evaluation, _identity
 from tic_megatron.config import EvalSettings, RewardSettings, Settings, SettingsError
 from tic_megatron.config_evaluate import EvaluateSettings
 from tic_megatron.evaluation import EvalSet, choose_benchmarks, eval_name, evaluate
 from tic_megatron.rewards import RewardWorkers
+from tic_megatron.rewards.workers import MOST_FAULTS_NAMED
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import stable_seed
+from tic_megatron.rollout.source import SampledRollouts
+from tic_megatron.run import Run
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
 
 class Listed:
-    """The interface of the engines, answering from a list per problem."""
+    """The interface of the engines, answering from a list per problem; where it is empty, they refuse the problem."""
 
     def __init__(self, texts):
         self.texts = texts
@@ -29,10 +35,13 @@ class Listed:
 
     def generate(self, prompts, **arguments):
         self.asked.append(arguments | {"n": len(prompts)})
-        return [
+        pairs = list(zip(prompts, self.texts, strict=True))
+        groups = [
             Group(p, [Trajectory(p, [5, 6], [-0.5, -0.25], [1, 1], text, text == "7", weight_version=0) for text in texts])
-            for p, texts in zip(prompts, self.texts, strict=True)
+            for p, texts in pairs
+            if texts
         ]
+        return rollout_of(groups, {place: (p, "it is too long") for place, (p, texts) in enumerate(pairs) if not texts})
 
 
 def problems(count):
@@ -59,8 +68,40 @@ def test_greedy_evaluation_asks_and_counts(rewards):
             "eval/heldout/standard_error": (0.75 * 0.25 / 3) ** 0.5,
             "eval/heldout/length_mean": 2.0,
             "eval/heldout/truncated_fraction": 0.25,
+            "eval/heldout/not_graded": 0.0,
         }
     )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_goes_on_when_problems_are_not_answered_or_graded(seed, tmp_path):
+    """Both count as wrong, are counted, and named: every problem, and the first few responses."""
+    draw, k = random.Random(seed), 3
+    # "none" is an answer that the AIME's grader cannot compare with.
+    prompts = [Prompt(f"h:{index}", "", draw.choice(["7", "8", "none"]), (1, 2)) for index in range(12)]
+    texts = [[draw.choice(["7", "8"]) for _ in range(k)] if draw.random() < 0.7 else [] for _ in prompts]
+    prompts[0], texts[0] = Prompt("h:0", "", "7", (1, 2)), ["7", "7", "8"]
+    settings = Settings()
+    settings.run.dir, settings.data.eval = str(tmp_path), "heldout.jsonl"
+    settings.eval.samples, settings.trainer.eval_every = k, 2
+    notes: list[str] = []
+    with RewardWorkers(RewardSettings(function="aime"), tmp_path / "rewards.log") as rewards:
+        run = Run(settings, cast(Any, SimpleNamespace(eval_prompts=prompts, benchmarks=[])))
+        run.rollouts = SampledRollouts(settings, cast(Any, Listed(texts)), rewards)
+        run.progress = cast(Any, SimpleNamespace(phase=lambda phase: None, note=notes.append))
+        metrics = run.evaluate(2)
+    refused = [prompt.id for prompt, given in zip(prompts, texts, strict=True) if not given]
+    ungraded = [p.id for p, given in zip(prompts, texts, strict=True) for _ in given if p.answer == "none"]
+    right = sum(text == p.answer for p, given in zip(prompts, texts, strict=True) for text in given)
+    assert metrics["eval/heldout/accuracy"] == pytest.approx(right / 36) == run.state.accuracy
+    assert metrics["eval/heldout/not_graded"] == k * len(refused) + len(ungraded)
+    assert metrics["eval/heldout/length_mean"] == 2.0
+    more = len(ungraded) - MOST_FAULTS_NAMED
+    expected = [f"prompt {name}, not answered: it is too long; it counts as wrong" for name in refused]
+    expected += [f"prompt {name}, response " for name in ungraded[:MOST_FAULTS_NAMED]]
+    expected += [f"{more} more responses could not be graded; all are in logs/rewards.log"] if more > 0 else []
+    for note, line in zip(notes, expected, strict=True):
+        assert note.startswith(f"warning: evaluation heldout, {line}")
 
 
 def test_average_of_k_and_its_error_clustered_by_problem(rewards):
@@ -111,7 +152,7 @@ def test_evaluation_does_not_disturb_trainings_samples(engines, rewards):
 
     def step(number):
         arguments = {"group_size": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24}
-        return sampled(engines.generate(prompts, **arguments, seed=stable_seed(0, number)))
+        return sampled(engines.generate(prompts, **arguments, seed=stable_seed(0, number)).groups)
 
     def accuracy(**options):
         result = evaluate(engines, prompts, rewards, EvalSettings(**options), name="x", max_tokens=16)

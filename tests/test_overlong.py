@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollouts import group_of
+from tests.rollouts import group_of, rollout_of
 from tests.workspace import settings_of
 from tic_megatron.config import RewardSettings, Settings, SettingsError
 from tic_megatron.config_checks import check_settings
@@ -113,7 +113,7 @@ def test_a_replay_trains_on_the_same_rewards(tmp_path) -> None:
 def test_evaluation_knows_nothing_of_it() -> None:
     options = settings()
     group = of_lengths(0, [10], ["46"])
-    engines = SimpleNamespace(generate=lambda prompts, **_: [group])
+    engines = SimpleNamespace(generate=lambda prompts, **_: rollout_of([group]))
     with RewardWorkers(options.reward) as rewards:
         result = evaluate(engines, [group.prompt], rewards, options.eval, name="x", max_tokens=10)
     assert result.accuracy == 1.0 and group.trajectories[0].reward == 1.0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -13,9 +17,9 @@ import ray
 import torch
 import torch.distributed as dist
 
-from tic_megatron.config import ClusterSettings
+from tic_megatron.config import ActorSettings, ClusterSettings
 from tic_megatron.observability.logs import redirect_output
-from tic_megatron.observability.stacks import Worker
+from tic_megatron.observability.stacks import Worker, almost_over, last_stack
 from tic_megatron.remote import Deadline, WorkerError, WorkerPool
 
 RAISED = {"memory", "fault", "disk", "device"}
@@ -42,6 +46,12 @@ class Rank(Worker):
             os.kill(os.getpid(), signal.SIGSTOP)
         if deed == "hang":
             time.sleep(600)
+        if "give up" in deeds.values():  # as NCCL ends a process whose collective has timed out, before the driver's deadline
+            faulthandler.dump_traceback_later(0.5, file=sys.stderr)
+            if not deed:
+                time.sleep(600)
+            threading.Timer(2.0, os.abort).start()
+            dist.recv(torch.ones(1), src=1 - self.rank)
         if not deed and RAISED & set(deeds.values()):
             return self.rank  # a raise does not end its process, so the test need not start new ones
         if deed == "memory":
@@ -109,6 +119,71 @@ def test_the_one_that_died_is_blamed_and_not_the_one_that_lost_it(doomed):
     with pytest.raises(WorkerError, match=r"^training rank 1 failed in update: .*died.* \(its log: .*actor_1.log\)$") as error:
         doomed.call("update", {1: "die"})
     assert error.value.may_pass
+
+
+def test_a_death_is_told_with_the_places_where_the_dead_and_the_others_were_stuck(doomed):
+    words = r"^training rank 1 failed in update: .*died.*; stuck in 1: recv \(.*\); 0: update"
+    with pytest.raises(WorkerError, match=words) as error:
+        doomed.call("update", {1: "give up"})
+    assert error.value.may_pass
+
+
+STUCK = """
+import os, sys, time
+from tic_megatron.observability.logs import redirect_output
+from tic_megatron.observability.stacks import Worker
+class Slow(Worker):
+    def update(self, end):
+        time.sleep(0.5)
+        end()
+redirect_output(sys.argv[1])
+if "slow" in sys.argv:
+    Slow().perform("update", 0.1, lambda: None)
+if "stuck" in sys.argv:
+    Slow().perform("update", 0.1, lambda: os._exit(0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "place"),
+    [
+        ([], None),
+        ([["stuck"]], "update"),
+        ([["stuck"], []], None),
+        ([["slow"]], None),
+        ([["stuck"], ["slow", "stuck"]], "update"),
+    ],
+)
+def test_stacks_of_a_call_that_has_ended_or_of_an_earlier_process_are_nobodys_place(tmp_path, processes, place):
+    log = tmp_path / "actor_0.log"
+    for deeds in processes:
+        subprocess.run([sys.executable, "-c", STUCK, str(log), *deeds], check=True, timeout=60)
+    stuck_in = last_stack(str(log))
+    assert stuck_in is None if place is None else (stuck_in or "").startswith(place)
+
+
+@pytest.mark.parametrize(("timeout_s", "minutes"), [(60, 1), (66, 1), (100, 1), (200, 3), (300, 4), (600, 9), (1800, 27)])
+def test_collectives_on_gpus_give_up_when_the_stacks_are_written_and_before_the_driver(monkeypatch, timeout_s, minutes):
+    """But for the shortest time-outs: Megatron takes whole minutes."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from tic_megatron.actors.megatron import runtime
+
+    groups, world = {}, {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: world.update(options))
+    monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: None)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **options: groups.update(options))
+    monkeypatch.setattr(tensor_parallel, "model_parallel_cuda_manual_seed", lambda seed, **options: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # put back at the end
+    runtime.initialize(0, 1, dist.HashStore(), ActorSettings(), seed=0, timeout_s=timeout_s)
+    assert groups["distributed_timeout_minutes"] == minutes
+    assert world["timeout"].total_seconds() == pytest.approx(almost_over(timeout_s))
+    assert almost_over(timeout_s) < timeout_s
+    if timeout_s > 67:
+        assert almost_over(timeout_s) == 60 * minutes
 
 
 @pytest.mark.parametrize("deed", ["hang", "stop"])

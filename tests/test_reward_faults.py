@@ -20,7 +20,8 @@ from tic_megatron.config import RewardSettings, Settings
 from tic_megatron.rewards import REWARDS, Reward, RewardWorkers
 from tic_megatron.rewards.background import BackgroundGrader
 from tic_megatron.rewards.registry import InvalidRewardError, finite_number
-from tic_megatron.rollout.source import MOST_FAULTS_NAMED, SampledRollouts
+from tic_megatron.rewards.workers import MOST_FAULTS_NAMED
+from tic_megatron.rollout.source import SampledRollouts
 
 HOSTILE = """
 import os, signal, subprocess, sys, time

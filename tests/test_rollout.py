@@ -61,7 +61,7 @@ def make_prompts(count, seed=0):
 
 def generate(group, prompts, **overrides):
     arguments = {"group_size": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": MAX_RESPONSE, "seed": 7}
-    return group.generate(prompts, **(arguments | overrides))
+    return group.generate(prompts, **(arguments | overrides)).groups
 
 
 def sampled_ids(groups):
@@ -152,8 +152,9 @@ def test_greedy_equals_transformers(engines, model):
 def test_a_prompt_that_vllm_refuses_is_named(engines):
     """It is the prompt's fault: no engine is lost over it."""
     too_long = Prompt("long", "", "", tuple([5] * (MAX_PROMPT + MAX_RESPONSE + 1)))
-    with pytest.raises(WorkerError, match=r"1 prompts could not be answered; the first, long: .*maximum context length is 344"):
-        generate(engines, [*make_prompts(2)[:1], too_long])
+    with pytest.raises(WorkerError, match=r"none of 1 prompts .* the first, long: .*maximum context length is 344"):
+        generate(engines, [too_long])
+    assert [group.prompt.id for group in generate(engines, [*make_prompts(2)[:1], too_long])] == ["p0"]
     assert engines.pool.failures == 0
     assert generate(engines, make_prompts(2))  # it goes on
 

@@ -307,9 +307,9 @@ def make_prompts():
 def largest_error(engines, model_dir, version):
     """Of the log-probs of fresh samples, against transformers with the weights of `model_dir`."""
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    groups = engines.generate(make_prompts(), group_size=4, temperature=1.0, top_p=1.0, max_tokens=MAX_RESPONSE, seed=0)
+    rollout = engines.generate(make_prompts(), group_size=4, temperature=1.0, top_p=1.0, max_tokens=MAX_RESPONSE, seed=0)
     errors = []
-    for t in (t for group in groups for t in group.trajectories):
+    for t in (t for group in rollout.groups for t in group.trajectories):
         assert t.weight_version == version
         expected = response_logprobs(model, t.prompt.token_ids, t.response_ids, 1.0)
         errors += [abs(a - b) for a, b in zip(expected, t.inference_logprobs, strict=True)]
@@ -318,10 +318,10 @@ def largest_error(engines, model_dir, version):
 
 def logprobs(engines):
     """Of seeded samples, by prompt, sample, place and token."""
-    groups = engines.generate(make_prompts(), group_size=4, temperature=1.0, top_p=1.0, max_tokens=MAX_RESPONSE, seed=0)
+    rollout = engines.generate(make_prompts(), group_size=4, temperature=1.0, top_p=1.0, max_tokens=MAX_RESPONSE, seed=0)
     return {
         (group.prompt.id, i, place, token): value
-        for group in groups
+        for group in rollout.groups
         for i, t in enumerate(group.trajectories)
         for place, (token, value) in enumerate(zip(t.response_ids, t.inference_logprobs, strict=True))
     }

@@ -19,6 +19,8 @@ DEATH_NOTICE_S = 5.0
 """Seconds within which Ray tells that a process has died: the others' collectives fail at once, and are not to be blamed."""
 MOST_NAMED = 8
 """Workers that the message about a hang names."""
+NO_STACKS = "an unknown place (it wrote no stacks: it may have been stopped)"
+"""Where a worker hangs whose log does not tell."""
 FROM_OUTSIDE = {"OSError", "DistError", "AcceleratorError"}
 """Names, since torch is not imported here, of the exceptions for what breaks outside of the program."""
 PHASES = {
@@ -136,18 +138,28 @@ class WorkerPool:
                 except ray.exceptions.RayError as second:
                     if not isinstance(second, ray.exceptions.RayTaskError):
                         index, error = other, second
-        message = f"{self.kind} {index} failed in {method}: {failure_reason(error)} (its log: {self.log_files[index]})"
+        reason = failure_reason(error)
+        if not isinstance(error, ray.exceptions.RayTaskError):
+            # NCCL ends a process whose collective hangs, and the driver does not get to see the hang.
+            stuck = {other: where for other in (index, *pending.values()) if (where := last_stack(self.log_files[other]))}
+            reason += f"; stuck in {_places(stuck)}" if stuck else ""
+        message = f"{self.kind} {index} failed in {method}: {reason} (its log: {self.log_files[index]})"
         raise WorkerError(message, may_pass=may_pass(error)) from error
 
     def _hang(self, indices: list[int], method: str, deadline: Deadline) -> NoReturn:
         """Raise which workers have not answered, and in which call each of them is stuck, as its log says."""
-        where = "; ".join(f"{index}: {last_stack(self.log_files[index])}" for index in indices[:MOST_NAMED])
-        more = f" and {len(indices) - MOST_NAMED} more" if len(indices) > MOST_NAMED else ""
+        stuck = {index: last_stack(self.log_files[index]) or NO_STACKS for index in indices}
         raise WorkerError(
             f"{self.kind} {indices[0]} failed in {method}: {deadline}, from {len(indices)} of {len(self.workers)}; stuck in "
-            f"{where}{more} (its log: {self.log_files[indices[0]]})",
+            f"{_places(stuck)} (its log: {self.log_files[indices[0]]})",
             may_pass=True,
         )
+
+
+def _places(stuck: dict[int, str]) -> str:
+    """Where workers are stuck, by their index."""
+    where = "; ".join(f"{index}: {place}" for index, place in list(stuck.items())[:MOST_NAMED])
+    return where + (f" and {len(stuck) - MOST_NAMED} more" if len(stuck) > MOST_NAMED else "")
 
 
 def _call(worker: ActorHandle, method: str, timeout_s: float, arguments: tuple) -> ray.ObjectRef:

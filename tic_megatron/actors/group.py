@@ -123,9 +123,16 @@ class ActorGroup:
         skipped for a log-prob or gradient that is not finite."""
         updates = [self.pool.call("update", k) for k in range(self.settings.trainer.updates_per_step)]
         mismatch = self.pool.call("mismatch")
-        if self._step in self.settings.actor.profile_steps:
-            self.pool.call("finish_profile")
         return update_metrics(updates, mismatch), skipped_updates(updates)
+
+    def finish_profile(self) -> str | None:
+        """After the updates, write the ranks' profiles, if this step is to be profiled; one line about those that could not be
+        written, which a run can do without."""
+        if self._step not in self.settings.actor.profile_steps:
+            return None
+        problems = [problem for problem in self.pool.call("finish_profile") if problem]
+        more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+        return f"a profile of step {self._step} is not written: {problems[0]}{more}" if problems else None
 
     def usage(self, timers: PhaseTimers) -> dict[str, float]:
         """`throughput/mfu`, `throughput/model_tflops_per_rank` and `idle/actors_*` of the step that these have timed."""

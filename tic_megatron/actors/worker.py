@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tic_megatron.actors.flops import ModelFlops, Usage
 from tic_megatron.config import Settings
+from tic_megatron.observability.files import disk_problem
 from tic_megatron.observability.logs import redirect_output
 from tic_megatron.observability.memory import process_memory
 from tic_megatron.observability.profiles import Profile
@@ -128,10 +129,14 @@ class ActorWorker(Worker):
         with self.at_work("update"):
             return self.step.update(k)
 
-    def finish_profile(self) -> None:
-        """Write the profile of this step."""
-        self.profile.finish()
-        self.profile = None
+    def finish_profile(self) -> str | None:
+        """Write the profile of this step; what the disk did, if it cannot be written."""
+        profile, self.profile = self.profile, None
+        try:
+            profile.finish()
+        except OSError as error:
+            return disk_problem(error, profile.path)
+        return None
 
     def usage(self) -> Usage:
         """What this rank has done since the rollout was loaded."""

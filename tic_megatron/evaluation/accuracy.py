@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tic_megatron.config import EvalSettings
-from tic_megatron.rewards import RewardWorkers
+from tic_megatron.rewards import GradeReport, RewardWorkers
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Group, Prompt
+
+if TYPE_CHECKING:
+    from tic_megatron.rollout.engines import Rollout  # and Ray, which bad input is told of without
 
 FULL_REWARD = 1.0 - 1e-9
 
@@ -21,8 +24,8 @@ class Generator(Protocol):
 
     def generate(
         self, prompts: list[Prompt], *, group_size: int, temperature: float, top_p: float, top_k: int, max_tokens: int, seed: int
-    ) -> list[Group]:
-        """`group_size` responses per prompt, groups in the order of the prompts."""
+    ) -> Rollout:
+        """`group_size` responses per prompt; some prompts may be set aside."""
         ...
 
 
@@ -30,9 +33,12 @@ class Generator(Protocol):
 class EvalResult:
     """Outcome over `n` problems of k responses each; `groups` hold the graded responses, for saving or looking at.
 
+    What could not be graded counts as wrong, as do the k responses of a problem that engines failed on or refused. `not_graded`:
+    how many these are; `faults`: lines about them for the user, of every such problem and of the first few responses.
     `accuracy`: mean over the problems of the share of right responses (Avg@k); `standard_error`: of that mean, over the
     problems (a problem's k responses are not independent), NaN for a single problem; `pass_at_k`: share of the problems with
-    at least one right response, None for k = 1, where it is the accuracy.
+    at least one right response, None for k = 1, where it is the accuracy. Lengths and truncation are of the responses that are
+    there.
     """
 
     name: str
@@ -42,16 +48,20 @@ class EvalResult:
     pass_at_k: float | None
     length_mean: float
     truncated_fraction: float
+    not_graded: int
+    faults: list[str]
     groups: list[Group]
 
     def metrics(self) -> dict[str, float]:
-        """`eval/<name>/accuracy` and, beside it, its standard error, pass@k, mean length (tokens) and truncated share."""
+        """`eval/<name>/accuracy` and, beside it, its standard error, pass@k, mean length (tokens), truncated share, and how many
+        responses could not be graded."""
         values = {
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
             "pass_at_k": self.pass_at_k,
             "length_mean": self.length_mean,
             "truncated_fraction": self.truncated_fraction,
+            "not_graded": float(self.not_graded),
         }
         return {f"eval/{self.name}/{key}": value for key, value in values.items() if value is not None}
 
@@ -84,11 +94,11 @@ def evaluate(
         max_tokens: longest response; one that is cut there is graded as it stands.
         seed: of the samples; when not given, that of all sets without one of their own.
 
-    Raises ValueError without prompts.
+    Raises ValueError without prompts, and WorkerError when none of them is answered.
     """
     if not prompts:
         raise ValueError(f"evaluation set {name!r} is empty")
-    groups = engines.generate(
+    rollout = engines.generate(
         list(prompts),
         group_size=options.samples,
         temperature=options.temperature,
@@ -97,20 +107,35 @@ def evaluate(
         max_tokens=max_tokens,
         seed=stable_seed("eval", options.seed) if seed is None else seed,
     )
-    rewards.grade_groups(groups)
-    responses = [trajectory for group in groups for trajectory in group.trajectories]
-    assert len(responses) == len(prompts) * options.samples, "every problem has its k responses"
-    shares = [sum(is_right(t.reward) for t in group.trajectories) / options.samples for group in groups]
+    report = rewards.grade_groups(rollout.groups)
+    responses = [trajectory for group in rollout.groups for trajectory in group.trajectories]
+    assert len(responses) == len(rollout.groups) * options.samples, "every problem has its k responses"
+    assert len(rollout.groups) + len(rollout.set_aside) == len(prompts), "or is set aside"
+    shares = [sum(is_right(t.reward) for t in group.trajectories) / options.samples for group in rollout.groups]
+    shares += [0.0] * len(rollout.set_aside)
     return EvalResult(
         name=name,
-        n=len(groups),
+        n=len(prompts),
         accuracy=sum(shares) / len(shares),
         standard_error=standard_error(shares),
         pass_at_k=sum(share > 0 for share in shares) / len(shares) if options.samples > 1 else None,
         length_mean=sum(response.response_length for response in responses) / len(responses),
         truncated_fraction=sum(response.truncated for response in responses) / len(responses),
-        groups=groups,
+        not_graded=len(report.faults) + len(rollout.set_aside) * options.samples,
+        faults=fault_lines(rollout, report),
+        groups=rollout.groups,
     )
+
+
+def fault_lines(rollout: Rollout, report: GradeReport) -> list[str]:
+    """For the user: every problem that is not answered, and the first few responses that could not be graded."""
+    unanswered = [f"prompt {prompt.id}, {not_answered(reason)}" for prompt, reason in rollout.set_aside]
+    return [*unanswered, *report.first_faults()]
+
+
+def not_answered(reason: str) -> str:
+    """What is said of a problem that engines failed on or refused."""
+    return f"not answered: {reason}; it counts as wrong"
 
 
 def is_right(reward: float) -> bool:

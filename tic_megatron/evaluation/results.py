@@ -30,15 +30,16 @@ def shares(rows: Sequence[Row], samples: int) -> list[float]:
 
 def numbers(rows: Sequence[Row], samples: int, name: str) -> dict[str, Any]:
     """Mean over the problems of the share of right responses, under `name`; its standard error over the problems (None for one);
-    mean length in tokens, share of truncated ones, and how many could not be graded."""
+    mean length in tokens and share of truncated ones, of those that are there, and how many could not be graded."""
     values = shares(rows, samples)
     error = standard_error(values)
+    answered = [row for row in rows if row["tokens"]]
     prefix = "" if name == "avg_at_k" else f"{name}_"
     return {
         name: sum(values) / len(values),
         f"{name}_standard_error": error if math.isfinite(error) else None,
-        f"{prefix}length_mean": sum(row["tokens"] for row in rows) / len(rows),
-        f"{prefix}truncated_fraction": sum(row["truncated"] for row in rows) / len(rows),
+        f"{prefix}length_mean": sum(row["tokens"] for row in answered) / len(answered),
+        f"{prefix}truncated_fraction": sum(row["truncated"] for row in answered) / len(answered),
         f"{prefix}not_graded": sum(row["fault"] is not None for row in rows),
     }
 

@@ -13,17 +13,21 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tic_megatron.config import SettingsError
-from tic_megatron.evaluation.accuracy import is_right
+from tic_megatron.evaluation.accuracy import fault_lines, is_right, not_answered
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Group, Prompt
 
+if TYPE_CHECKING:
+    from tic_megatron.rollout.engines import Rollout  # and Ray, which bad input is told of without
+
 Row = dict[str, Any]
 """`problem` (its id), `index` (its place, from 0), `sample` (from 0), `seed` (None for a greedy one), `response`, `tokens` (their
-number), `truncated`, `score` (the reward), `right`, `fault` (why it could not be graded, None otherwise)."""
+number), `truncated`, `score` (the reward), `right`, `fault` (why it could not be graded, None otherwise). Of a problem that
+engines failed on or refused `response` is empty and `tokens` 0, which no other response has."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Generator(Protocol):
         max_tokens: int,
         seed: int,
         first: int,
-    ) -> list[Group]:
-        """`group_size` responses per prompt, groups in the order of the prompts."""
+    ) -> Rollout:
+        """`group_size` responses per prompt; some prompts may be set aside."""
         ...
 
 
@@ -96,7 +100,9 @@ def complete(
 
     Args:
         batch: problems that are generated together.
-        tell: called after each batch with all rows so far, and the lines about its responses that could not be graded.
+        tell: called after each batch with all rows so far, and lines about what of it could not be graded (`fault_lines`).
+
+    Raises WorkerError when no problem of a batch is answered.
     """
     rows = read_rows(path, mode, len(prompts))
     done = len(rows) // mode.samples
@@ -107,8 +113,9 @@ def complete(
     with path.open("ab") as file:
         file.truncate(sum(len(line) + 1 for line in path.read_bytes().split(b"\n")[: len(rows)]))
         for first in range(done, len(prompts), batch):
-            groups = engines.generate(
-                list(prompts[first : first + batch]),
+            asked = list(prompts[first : first + batch])
+            rollout = engines.generate(
+                asked,
                 group_size=mode.samples,
                 temperature=mode.temperature,
                 top_p=mode.top_p,
@@ -117,23 +124,26 @@ def complete(
                 seed=mode.seed or 0,
                 first=first,
             )
-            report = rewards.grade_groups(groups)
-            fresh = [row for index, group in enumerate(groups, first) for row in _rows(index, group, mode, report.faults)]
+            report = rewards.grade_groups(rollout.groups)
+            fresh, groups = [], iter(rollout.groups)
+            for place, prompt in enumerate(asked):
+                reason = rollout.outcome.set_aside.get(place)
+                if reason is None:
+                    fresh += _rows(first + place, next(groups), mode, report.faults)
+                else:
+                    fresh += _unanswered_rows(first + place, prompt, mode, reason)
             file.write(b"".join(map(_line, fresh)))
             file.flush()
             os.fsync(file.fileno())
             rows += fresh
-            tell(rows, report.faults)
+            tell(rows, fault_lines(rollout, report))
     return rows
 
 
 def _rows(index: int, group: Group, mode: Mode, faults: Sequence[str]) -> list[Row]:
     return [
         {
-            "problem": group.prompt.id,
-            "index": index,
-            "sample": sample,
-            "seed": mode.seed_of(index, sample),
+            **_place(index, group.prompt, mode, sample),
             "response": trajectory.text,
             "tokens": trajectory.response_length,
             "truncated": trajectory.truncated,
@@ -143,6 +153,15 @@ def _rows(index: int, group: Group, mode: Mode, faults: Sequence[str]) -> list[R
         }
         for sample, trajectory in enumerate(group.trajectories)
     ]
+
+
+def _unanswered_rows(index: int, prompt: Prompt, mode: Mode, reason: str) -> list[Row]:
+    nothing = {"response": "", "tokens": 0, "truncated": False, "score": 0.0, "right": False, "fault": not_answered(reason)}
+    return [_place(index, prompt, mode, sample) | nothing for sample in range(mode.samples)]
+
+
+def _place(index: int, prompt: Prompt, mode: Mode, sample: int) -> Row:
+    return {"problem": prompt.id, "index": index, "sample": sample, "seed": mode.seed_of(index, sample)}
 
 
 _FIELDS = {

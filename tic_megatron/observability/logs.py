@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
+
+MARK = "---- tic-megatron: "
+"""How a line of `write_mark` begins."""
 
 
 def redirect_output(path: Path | str) -> None:
@@ -28,6 +32,13 @@ def redirect_output(path: Path | str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    write_mark(f"process {os.getpid()} begins")
+
+
+def write_mark(what: str) -> None:
+    """Write a line that parts what the log says so far from what comes (`last_stack`). A disk that is full is no error."""
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), f"\n{MARK}{what} ----\n".encode())
 
 
 def _writer(descriptor: int) -> TextIO:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import os
+import tempfile
 from pathlib import Path
 
 PROFILES_FOLDER = "profiles"
@@ -22,9 +25,20 @@ class Profile:
         self._profiler.start()
 
     def finish(self) -> None:
-        """Stop, and write the file; a trace that is there is a whole one."""
+        """Stop, and write the file; a trace that is there is a whole one. OSError if it cannot be written."""
         self._profiler.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f".{self.path.name}")  # torch compresses for the suffix .gz
-        self._profiler.export_chrome_trace(str(unfinished))
-        os.replace(unfinished, self.path)
+        unfinished = self.path.with_name(f".{self.path.name}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                trace, last = Path(folder, "trace.json"), b""
+                trace.touch()
+                self._profiler.export_chrome_trace(str(trace))
+                with trace.open("rb") as lines, gzip.open(unfinished, "wb") as file:
+                    for last in lines:
+                        file.write(last)
+                if b'"traceName"' not in last:  # torch raises nothing when it finds no room, and leaves what it has written
+                    raise OSError(errno.EIO, "torch could not write all of its trace", str(trace))
+            os.replace(unfinished, self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)

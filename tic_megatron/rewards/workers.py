@@ -26,6 +26,8 @@ from tic_megatron.rewards.user_functions import digest_files
 from tic_megatron.rewards.worker_process import Worker
 from tic_megatron.trajectory import Group, Trajectory
 
+MOST_FAULTS_NAMED = 3
+"""Responses that could not be graded, of a step or an evaluation, that the user is told of one by one."""
 MOST_FAILED_STARTS = 4
 """So many failed starts, without a successful one between them, end the run."""
 
@@ -52,6 +54,12 @@ class GradeReport:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, values in other.terms.items():
             self.terms[name] = [*self.terms.get(name, []), *values]
+
+    def first_faults(self) -> list[str]:
+        """Lines for the user: of the first few, and how many more there are."""
+        more = len(self.faults) - MOST_FAULTS_NAMED
+        rest = [f"{more} more responses could not be graded; all are in logs/rewards.log"] if more > 0 else []
+        return [*self.faults[:MOST_FAULTS_NAMED], *rest]
 
     def metrics(self) -> dict[str, float]:
         """`reward/timed_out`, `reward/failed` and `reward/invalid`, and of a sum `reward/<term>_mean`; nothing where nothing was

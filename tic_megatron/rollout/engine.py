@@ -1,7 +1,7 @@
 """One vLLM engine: the process around an in-process `vllm.LLM`.
 
-vLLM is imported only when an `EngineWorker` is made, after the environment that it reads has been set, so this module is
-light and the driver may import it.
+vLLM is imported only when an `EngineWorker` loads the model, after the environment that it reads has been set, so this module
+is light and the driver may import it.
 """
 
 from __future__ import annotations
@@ -77,18 +77,22 @@ class EngineWorker:
     def __init__(self, options: EngineOptions) -> None:
         redirect_output(options.log_file)
         os.environ.update(_environment(options))
-        from vllm import LLM
-
         self._options = options
-        self._llm = LLM(**_llm_arguments(options))
         self._numbers: dict[str, int] = {}  # vLLM's id of a request -> the driver's number
         self._weight_version = 0
         self._update_started = 0.0
-        self._llm.init_weight_transfer_engine({"init_info": {}})
         self._ending = False
+
+    def ready(self) -> int:
+        """Load the model; the process id. Not a part of the constructor, whose errors Ray reports as the process's death."""
+        from vllm import LLM
+
+        self._llm = LLM(**_llm_arguments(self._options))
+        self._llm.init_weight_transfer_engine({"init_info": {}})
         ranks = getattr(self._llm.llm_engine.engine_core.engine_core.model_executor, "workers", [])
         if ranks:
             threading.Thread(target=self._end_with, args=([rank.proc.sentinel for rank in ranks],), daemon=True).start()
+        return os.getpid()
 
     def _end_with(self, sentinels: list[int]) -> None:
         """In a thread: a tensor-parallel process has died, and the engine is of no use any more. vLLM would raise an error that
@@ -97,10 +101,6 @@ class EngineWorker:
         if not self._ending:
             print("a tensor-parallel process of this engine has died", flush=True)
             os._exit(1)
-
-    def ready(self) -> int:
-        """The process id, once the model is loaded."""
-        return os.getpid()
 
     def advance(self, order: Advance) -> Progress:
         """Take requests on and work, until some are finished, there is room for more, or half a second is over.

@@ -42,8 +42,8 @@ class EngineGroup:
 
     engines = EngineGroup.start(settings, model_path=..., device="cpu", log_dir=run_dir / "logs")
     engines.ready()
-    groups = engines.generate(prompts, group_size=8, temperature=1.0, top_p=1.0, max_tokens=1024,
-                              seed=stable_seed(run_seed, step))
+    rollout = engines.sample(prompts, group_size=8, temperature=1.0, top_p=1.0, max_tokens=1024,
+                             seed=stable_seed(run_seed, step))
     """
 
     def __init__(
@@ -126,18 +126,18 @@ class EngineGroup:
         seed: int,
         top_k: int = 0,
         first: int = 0,
-    ) -> list[Group]:
-        """`sample` where every prompt must be answered, and no response cut: WorkerError for one that has to be set aside.
+    ) -> Rollout:
+        """`sample` for an evaluation: no response is cut. WorkerError when all prompts are set aside.
 
         `first`: place of the first prompt in a longer list that these are a part of, and so of its seed.
         """
         dispatch = replace(self._dispatch, cut_tail_fraction=None)
         requests = _requests(prompts, group_size, temperature, top_p, max_tokens, seed, top_k, first)
         rollout = self._run(prompts, requests, dispatch)
-        if rollout.set_aside:
+        if rollout.set_aside and not rollout.groups:
             prompt, reason = rollout.set_aside[0]
-            raise WorkerError(f"{len(rollout.set_aside)} prompts could not be answered; the first, {prompt.id}: {reason}")
-        return rollout.groups
+            raise WorkerError(f"none of {len(prompts)} prompts could be answered; the first, {prompt.id}: {reason}")
+        return rollout
 
     def sample(
         self,

@@ -47,11 +47,13 @@ class EngineLostError(Exception):
 @dataclass
 class Outcome:
     """What a rollout came to, beside the answers: `set_aside` prompts by number, with the reason; `reissued`: how often a
-    prompt was given to an engine again; `cut`: responses ended early; `busy`: per engine, its share of the time with work."""
+    prompt was given to an engine again; `cut`: responses ended early; `seconds`: how long it took; `busy`: per engine, its share
+    of these with work."""
 
     set_aside: dict[int, str] = field(default_factory=dict)
     reissued: int = 0
     cut: int = 0
+    seconds: float = 1.0  # as if, in a checkpoint that has the shares only
     busy: dict[int, float] = field(default_factory=dict)
 
 
@@ -120,7 +122,7 @@ class Generation:
             for engine in serving:
                 self._feed(engine, dealt[engine.index], cut=cut)
             self._listen(serving)
-        seconds = max(time.monotonic() - begun, 1e-9)
+        self._outcome.seconds = seconds = max(time.monotonic() - begun, 1e-9)
         self._outcome.busy = {index: min(1.0, busy / seconds) for index, busy in self._busy_s.items()}
         self._outcome.set_aside = self._ledger.set_aside
         return self._outcome

@@ -19,9 +19,6 @@ from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Group, Prompt
 from tic_megatron.weights.sending import WeightTransferError, send_weights
 
-MOST_FAULTS_NAMED = 3
-"""Responses that could not be graded, of a step, that the user is told of one by one."""
-
 
 class RolloutSource(Protocol):
     """What the trainer needs of it."""
@@ -89,7 +86,8 @@ class SampledRollouts:
         self._step = self._refill = 0
         self._latest: tuple | None = None
         self._counts = {"reissued_prompts": 0, "prompts_set_aside": 0, "cut_responses": 0}
-        self._idle: list[float] = []
+        self._generated_s = 0.0  # since the last metrics; of it, per engine, with work
+        self._busy_s: dict[int, float] = {}
         self._n_transfers = 0
         self._verified: set[tuple[int, int]] = set()  # engines and their process ids
         self._loaded_digests: dict[str, str] | None = None
@@ -132,11 +130,8 @@ class SampledRollouts:
     def grade(self, groups: list[Group]) -> GradeReport:
         """Wait for the rewards. A response that could not be graded counts 0, and is counted; the first few are named."""
         report = self._grader.finish()
-        for fault in report.faults[:MOST_FAULTS_NAMED]:
-            self._note(f"warning: {fault}")
-        if len(report.faults) > MOST_FAULTS_NAMED:
-            more = len(report.faults) - MOST_FAULTS_NAMED
-            self._note(f"warning: {more} more responses could not be graded; all are in logs/rewards.log")
+        for line in report.first_faults():
+            self._note(f"warning: {line}")
         return report
 
     def pending(self, trained: int) -> PendingRollout | None:
@@ -171,13 +166,15 @@ class SampledRollouts:
             self._revive()
 
     def metrics(self) -> dict[str, float]:
-        """Failures, what they led to, cut responses, and the engines' idle share of the time of generation."""
+        """Failures, what they led to, cut responses, and the engines' idle share of the time of generation, refills included."""
         pool = self.engines.pool
         counts = {"engine_failures": pool.failures, "engine_restarts": pool.restarts, **self._counts}
         pool.failures = pool.restarts = 0
         self._counts = dict.fromkeys(self._counts, 0)
-        idle = {"engine_idle_fraction": sum(self._idle) / len(self._idle), "engine_idle_fraction_max": max(self._idle)}
-        return {f"rollout/{name}": float(value) for name, value in {**counts, **idle}.items()}
+        idle = [1.0 - busy_s / self._generated_s for busy_s in self._busy_s.values()]
+        self._generated_s, self._busy_s = 0.0, {}
+        shares = {"engine_idle_fraction": sum(idle) / len(idle), "engine_idle_fraction_max": max(idle)} if idle else {}
+        return {f"rollout/{name}": float(value) for name, value in {**counts, **shares}.items()}
 
     def stop(self) -> None:
         """End the engines, also in the middle of a rollout, whose thread leaves the actors alone then."""
@@ -213,7 +210,9 @@ class SampledRollouts:
         self._counts["reissued_prompts"] += rollout.outcome.reissued
         self._counts["prompts_set_aside"] += len(rollout.set_aside)
         self._counts["cut_responses"] += rollout.outcome.cut
-        self._idle = [1.0 - busy for busy in rollout.outcome.busy.values()]
+        self._generated_s += rollout.outcome.seconds
+        for index, busy in rollout.outcome.busy.items():
+            self._busy_s[index] = self._busy_s.get(index, 0.0) + busy * rollout.outcome.seconds
         return rollout.groups
 
     def _put_to_sleep(self) -> None:

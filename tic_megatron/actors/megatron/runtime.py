@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tic_megatron.actors.megatron import cpu
 from tic_megatron.config import ActorSettings
+from tic_megatron.observability.stacks import almost_over
 
 
 def initialize(
@@ -23,8 +24,9 @@ def initialize(
         store: common to all ranks; a `HashStore` does for one that is alone.
         settings: the layout.
         seed: of Megatron's random streams (nothing random happens in a Qwen3 forward pass; kept for checkpoints).
-        timeout_s: seconds after which the driver gives a call up. On GPUs collectives give up a little earlier, so that NCCL's
-            recorder has written what hangs (`Cluster.actor_options`) before this process is ended.
+        timeout_s: seconds after which the driver gives a call up. On GPUs collectives give up earlier (`almost_over`, but those
+            of Megatron's groups not within a minute), so that NCCL's recorder has written what hangs (`Cluster.actor_options`)
+            before this process is ended.
 
     Returns:
         The device of this rank: its GPU, or the CPU through the adapter.
@@ -36,7 +38,7 @@ def initialize(
     else:
         cpu.install()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    timeout = datetime.timedelta(seconds=0.9 * timeout_s if use_cuda else timeout_s)
+    timeout = datetime.timedelta(seconds=almost_over(timeout_s) if use_cuda else timeout_s)
     backend = "nccl" if use_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     arrange(settings, seed=seed, timeout=timeout)
