@@ -173,7 +173,11 @@ class Unreadable(Unloadable):
     ERROR = OSError("stale file handle")
 
 
-@pytest.mark.parametrize(("worker", "may_pass"), [(TooLarge, False), (Unreadable, True)])
+class Untold(Unloadable):
+    ERROR = Exception("a process of the engine did not start")
+
+
+@pytest.mark.parametrize(("worker", "may_pass"), [(TooLarge, False), (Unreadable, True), (Untold, True)])
 def test_a_failed_load_is_judged_by_its_cause(start, worker, may_pass):
     """What a second try would meet again does not start the run again."""
     words = rf"^engine 0 failed in ready: {type(worker.ERROR).__name__}: {worker.ERROR} \(its log: .*engine_0\.log\)$"

@@ -173,7 +173,8 @@ def may_pass(error: BaseException) -> bool:
         return error.may_pass
     if isinstance(error, ray.exceptions.RayTaskError):
         kinds = {kind.__name__ for kind in type(error.cause).__mro__}
-        return bool(kinds & FROM_OUTSIDE) or ("RuntimeError" in kinds and "/gloo/" in str(error.cause))
+        untold = type(error.cause) is Exception  # vLLM's, when a process of a tensor-parallel engine does not start
+        return bool(kinds & FROM_OUTSIDE) or untold or ("RuntimeError" in kinds and "/gloo/" in str(error.cause))
     return isinstance(error, ray.exceptions.RayError)
 
 
