@@ -127,7 +127,24 @@ def test_one_that_is_removed_while_it_is_read_is_no_damage(saved, monkeypatch):
     monkeypatch.setattr("tic_megatron.checkpoints.find_damage", look)
     checkpoint, problems = saved.newest()
     assert (checkpoint.name, problems) == ("step_50", [])
-    assert looked == ["step_30", "step_20", "step_50"]
+    assert looked == ["step_30", "step_50"]
+
+
+def test_links_are_followed(saved, tmp_path):
+    """Checkpoints may lie on another disk, which may be absent."""
+    moved = (saved.folder / "step_30").rename(tmp_path / "moved")
+    (saved.folder / "step_30").symlink_to(moved)
+    (saved.folder / "latest").symlink_to(saved.folder / "step_20")
+    assert saved.newest()[0].name == "step_30"
+    moved.rename(tmp_path / "absent")
+    checkpoint, (problem,) = saved.newest()
+    assert checkpoint.name == "step_20" and "step_30 is not a complete checkpoint" in problem
+    saved.set_aside_others(saved.folder / "latest")
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["latest", "step_20", "step_30.replaced"]
+    (saved.folder / "step_20").rename(tmp_path / "step_20")
+    (saved.folder / "step_20").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SettingsError, match=r"no checkpoint of .* is intact: .*step_20 is not"):
+        saved.newest()
 
 
 def test_an_unreadable_manifest_is_told_apart_from_none(saved):

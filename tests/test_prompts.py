@@ -154,4 +154,5 @@ def test_cursor_refuses_other_prompts_unless_allowed():
     with pytest.raises(SettingsError, match=r"data\.train"):
         other.load_state_dict(cursor.state_dict())
     other.load_state_dict(cursor.state_dict(), allow_other_prompts=True)
+    assert other.used == 11  # the second epoch begins anew
     assert len({p.id for p in other.next(11)}) == 11

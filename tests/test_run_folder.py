@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from tests.bad_input.folder_cases import MOVED_REWARD, STEP_1, STEP_2, flip, mak
 from tests.models import make_tiny_qwen3
 from tests.workspace import make_workspace, settings_of
 from tic_megatron.commands.preflight import TrainInputs, _set_steps
-from tic_megatron.commands.run_folder import check_run_folder, find_checkpoint, record_changes
-from tic_megatron.commands.train import _continue, _what_continues
+from tic_megatron.commands.run_folder import began_by, check_run_folder, find_checkpoint, goes_on, record_changes
+from tic_megatron.commands.train import _continue, _leave, _prepare, _what_continues
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.preemption import mark, unmark
 
@@ -60,7 +61,7 @@ def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_one(worksp
     assert (goes_on.checkpoint, goes_on.step) == (workspace.root / STEP_2, 2)
 
 
-def began_by(workspace, resume):
+def began(workspace, resume):
     """The folder's run has last started with this `run.resume`."""
     settings = settings_of(*workspace.base[1:], f"--run.resume={resume}").resolve()
     settings.save(workspace.root / "run" / "config.yaml")
@@ -87,7 +88,10 @@ def test_a_requeue_of_a_command_that_goes_back_goes_on(workspace, resume):
 
     mark(run, "SIGTERM", 2)
     assert begins_again()  # the folder's run has begun in another way: somebody wants to go back
-    began_by(workspace, resume)
+    began(workspace, resume)
+    auto = settings_of(*workspace.base[1:]).resolve()  # somebody has continued it without
+    inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=workspace.root / STEP_2, step=2, damaged=[])
+    _prepare(run, auto, inputs)
     assert step_of_the_next() == 2 and "without" not in _what_continues(settings)
     flip(f"{STEP_2}/state.json")(workspace)
     assert step_of_the_next() == 1 and "step_2 is damaged: state.json" in find_checkpoint(settings)[2][0]
@@ -104,19 +108,30 @@ def test_a_run_that_began_elsewhere_begins_there_again_until_it_has_a_checkpoint
     kept = workspace.root / "kept"
     shutil.move(workspace.root / STEP_2, kept)
     shutil.rmtree(workspace.root / "run" / "checkpoints")
-    given = began_by(workspace, kept).run.resume
+    given = began(workspace, kept).run.resume
     settings = settings_of(*workspace.base[1:]).resolve()
     for _ in range(2):
         check_run_folder(settings)
         checkpoint, state, problems = find_checkpoint(settings)
-        assert (checkpoint, state.step, problems, settings.run.resume) == (kept, 2, [], given)
-        settings.save(workspace.root / "run" / "config.yaml")
-        settings = settings_of(*workspace.base[1:]).resolve()
+        assert (checkpoint, state.step, problems) == (kept, 2, [])
+        inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=kept, step=2, damaged=[])
+        _prepare(workspace.root / "run", settings, inputs)
+        assert began_by(settings) == given and settings.run.resume == "auto"
     shutil.rmtree(kept)
     with pytest.raises(
         SettingsError, match=r"^run\.dir: the run in .*/run began elsewhere, but .*/kept is not a complete checkpoint"
     ):
         find_checkpoint(settings)
+
+
+def test_a_command_that_is_told_to_leave_before_it_begins_leaves_the_marker_of_the_folders_run(workspace):
+    make_run(workspace)
+    given = began(workspace, STEP_1)
+    mark(workspace.root / "run", "SIGTERM", 2)
+    other = settings_of(*workspace.base[1:], f"--run.resume={workspace.root}/kept").resolve()
+    assert not goes_on(other)
+    assert _leave(other, signal.SIGUSR1, begun=False) == 0
+    assert goes_on(given) and find_checkpoint(given)[1].step == 2
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(workspace):

@@ -173,8 +173,9 @@ class Checkpoints:
     def set_aside_others(self, origin: Path | None) -> None:
         """Move checkpoints aside that are of another course than a run which continues from `origin` (None: which begins): those
         of later steps if the origin is one of this folder's, and all of them if it is not."""
-        last = _step_of(origin) if origin and self.is_own(origin) else -1
-        for checkpoint in self._all():
+        own = self._all()
+        last = next((_step_of(path) for path in own if origin and path.resolve() == origin.resolve()), -1)
+        for checkpoint in own:
             if _step_of(checkpoint) > last:
                 self._set_aside(checkpoint)
 
@@ -199,18 +200,17 @@ class Checkpoints:
 
         Raises SettingsError when all are damaged.
         """
+        listed: list[Path] | None = None
         problems: list[str] = []
-        removed = True  # by a run that goes on meanwhile, which has a newer one then
-        while removed:
-            problems, removed = [], False
-            for checkpoint in reversed(self._all()):
+        while listed != self._all():  # again, when the run goes on meanwhile: it saves newer ones and removes older ones
+            listed, problems = self._all(), []
+            for checkpoint in reversed(listed):
                 problem = find_damage(checkpoint)
                 if problem is None:
                     return checkpoint, problems
-                if checkpoint.exists():
-                    problems.append(problem)
-                else:
-                    removed = True
+                problems.append(problem)
+                if listed != self._all():
+                    break
         if problems:
             raise SettingsError(
                 f"run.dir: no checkpoint of {self.folder.parent} is intact: {problems[0]}; restore one from a copy, or start "

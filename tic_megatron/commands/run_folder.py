@@ -73,11 +73,16 @@ def goes_on(settings: Settings) -> bool:
     folder's run began by the same `run.resume` (`never`, or a path) and has left when it was told to. Without that marker the
     same command begins again."""
     folder, resume = Path(settings.run.dir), settings.run.resume
-    return resume == "auto" or (has_left(folder) and _began_by(folder) == resume)
+    return resume == "auto" or (has_left(folder) and _of_the_folder(folder) == resume)
 
 
-def _began_by(folder: Path) -> str:
-    """`run.resume` of the folder's run, when it last started."""
+def began_by(settings: Settings) -> str:
+    """The `run.resume` by which the run began: with `auto`, that in the folder's `config.yaml`, where it stays."""
+    resume = settings.run.resume
+    return _of_the_folder(Path(settings.run.dir)) if resume == "auto" else resume
+
+
+def _of_the_folder(folder: Path) -> str:
     try:
         return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["run"]["resume"]
     except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
@@ -87,9 +92,9 @@ def _began_by(folder: Path) -> str:
 def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str]]:
     """What the run continues from: the checkpoint (None: nothing), its state, and why newer ones were passed over.
 
-    A run that began at a checkpoint of elsewhere, and has none of its own yet, begins there again; so `run.resume` becomes that
-    path, for the next time. Reads all of the checkpoint once, to compare it with its hashes. SettingsError when none is intact,
-    or the one that is was not written by a run of these settings.
+    A run that began at a checkpoint of elsewhere, and has none of its own yet, begins there again. Reads all of the checkpoint
+    once, to compare it with its hashes. SettingsError when none is intact, or the one that is was not written by a run of these
+    settings.
     """
     folder, resume = Path(settings.run.dir), settings.run.resume
     setting = "run.dir" if resume == "auto" else "run.resume"
@@ -98,10 +103,10 @@ def find_checkpoint(settings: Settings) -> tuple[Path | None, RunState, list[str
     if goes_on(settings):
         checkpoint, problems = Checkpoints(folder, settings.trainer.keep_checkpoints).newest()
     if checkpoint is None:
-        origin = _began_by(folder) if resume == "auto" else resume
+        origin = began_by(settings)
         if origin in ("auto", "never"):
             return None, RunState(), []
-        settings.run.resume, checkpoint = origin, Path(origin)
+        checkpoint = Path(origin)
         problem = find_damage(checkpoint)
         if problem and resume == "auto":
             raise SettingsError(

@@ -12,14 +12,14 @@ from typing import Any
 from tic_megatron.checkpoints import Checkpoints, load_state
 from tic_megatron.commands.driver import LOCK_FILE, drive, lock, say
 from tic_megatron.commands.preflight import TrainInputs, preflight
-from tic_megatron.commands.run_folder import check_programs, goes_on, has_trained, record_changes
+from tic_megatron.commands.run_folder import began_by, check_programs, goes_on, has_trained, record_changes
 from tic_megatron.config import Settings, SettingsError
 from tic_megatron.config_checks import check_settings
 from tic_megatron.observability.files import atomic_writer, disk_problem
 from tic_megatron.observability.metrics import METRICS_FILE, last_step, read_metrics
 from tic_megatron.observability.progress import format_duration
 from tic_megatron.observability.rollouts import ROLLOUTS_FOLDER
-from tic_megatron.preemption import MARKER, mark, taking_signals
+from tic_megatron.preemption import MARKER, has_left, mark, taking_signals
 from tic_megatron.rewards.code import level_lines
 from tic_megatron.supervisor import supervise
 
@@ -72,7 +72,8 @@ def _leave(settings: Settings, number: signal.Signals, *, begun: bool = True) ->
     folder = Path(settings.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mark(folder, number.name, last_step(folder / METRICS_FILE), begun=begun)
+        if begun or not has_left(folder):  # the marker of another command's run is not ours to change
+            mark(folder, number.name, last_step(folder / METRICS_FILE), begun=begun)
     except OSError as error:
         say(f"error: left at {number.name} without saving, and without a marker: {disk_problem(error, folder)}")
         return 1
@@ -139,16 +140,17 @@ def _lock(folder: Path, stack: ExitStack) -> bool:
 
 
 def _prepare(folder: Path, settings: Settings, inputs: TrainInputs) -> None:
-    """Move checkpoints of another course aside: a restart would take the last of them. Then write the settings down: from here on
-    the folder's run is this one."""
+    """Write the settings down, and how the run began; and move checkpoints of another course aside: a restart would take the last
+    of them."""
     try:
         (folder / "logs").mkdir(exist_ok=True)
-        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_others(inputs.checkpoint)
         changes = record_changes(settings, inputs.checkpoint)
         if changes:
             print(changes, file=sys.stderr)
+        recorded = replace(settings, run=replace(settings.run, resume=began_by(settings)))
         with atomic_writer(folder / "config.yaml") as file:
-            file.write(settings.to_yaml())
+            file.write(recorded.to_yaml())
+        Checkpoints(folder, settings.trainer.keep_checkpoints).set_aside_others(inputs.checkpoint)
     except OSError as error:
         raise _unwritable(folder, error) from error
 

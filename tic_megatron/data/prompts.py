@@ -181,13 +181,13 @@ class PromptCursor:
     def load_state_dict(self, state: dict[str, int], *, allow_other_prompts: bool = False) -> None:
         """Continue from a saved place, under the saved seed.
 
-        When the prompts are not those of the saved state this raises SettingsError, or, with `allow_other_prompts`, starts
-        the next epoch on the new ones.
+        When the prompts are not those of the saved state this raises SettingsError, or, with `allow_other_prompts`, begins that
+        epoch anew on the new ones.
         """
         if state["fingerprint"] == self._fingerprint:
             self._start(state["seed"], state["epoch"], state["position"])
         elif allow_other_prompts:
-            self._start(state["seed"], state["epoch"] + 1, position=0)
+            self._start(state["seed"], state["epoch"], position=0)
         else:
             raise SettingsError(
                 "data.train: the training problems are not those of the checkpoint (rows, ids or, without ids, the file's "
