@@ -402,7 +402,14 @@ def test_interrupted_it_leaves_nothing(tmp_path, how):
     pipe = tmp_path / "x.jsonl"
     os.mkfifo(pipe)
     words = [COMMAND, "data", "prepare", f"--sources={pipe}", "--out=set"]
-    process = subprocess.Popen(words, cwd=tmp_path / "work", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path / "work",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(how, signal.SIG_DFL) and None,  # noqa: PLW1509 - in the background of a shell it is ignored
+    )
     with open(pipe, "wb") as stream:
         stream.write(b"".join(json.dumps(problem(f"{n}?", "1")).encode() + b"\n" for n in range(500)))
         stream.flush()

@@ -338,7 +338,8 @@ def test_dense_rewards_train_and_replay(config, tmp_path):
 
 
 def test_the_kl_to_the_reference_is_a_dense_reward_too(tmp_path):
-    """k1, token by token, against transformers: with a dense reward it is subtracted at its token."""
+    """k1, token by token, against transformers: with a dense reward it is subtracted at its token, for the advantages; the saved
+    rewards are those that were given."""
     from transformers import AutoModelForCausalLM
 
     paths = [make_tiny_qwen3(tmp_path / name, seed=seed, tie_word_embeddings=True) for seed, name in enumerate(("model", "ref"))]
@@ -359,20 +360,20 @@ def test_the_kl_to_the_reference_is_a_dense_reward_too(tmp_path):
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths]
     trained = read_rollout(rollout_path(tmp_path / "run", 1))
     for group, before in zip(trained, groups, strict=True):
+        penalised = []
         for t, graded in zip(group.trajectories, before.trajectories, strict=True):
+            assert t.token_rewards == graded.token_rewards
             ids = torch.tensor([t.tokens])
             start = len(t.prompt.token_ids)
             with torch.no_grad():
                 logprobs = [
                     m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0] for m in models
                 ]
-            mask = torch.tensor(t.response_mask, dtype=torch.float64)
-            expected = torch.tensor(graded.token_rewards, dtype=torch.float64) - 0.5 * (logprobs[0] - logprobs[1]) * mask
-            torch.testing.assert_close(torch.tensor(t.token_rewards, dtype=torch.float64), expected, rtol=0, atol=1e-4)
-            assert t.reward == pytest.approx(sum(t.token_rewards), abs=1e-9)
-        advantages = dense_advantages([torch.tensor(t.sampled(t.token_rewards), dtype=torch.float64) for t in group.trajectories])
-        for t, a in zip(group.trajectories, advantages, strict=True):
-            assert t.unit_advantages == pytest.approx(a.tolist(), abs=1e-12)
+            rewards = torch.tensor(graded.token_rewards, dtype=torch.float64) - 0.5 * (logprobs[0] - logprobs[1])
+            penalised.append(torch.tensor(t.sampled(rewards.tolist()), dtype=torch.float64))
+        for t, a in zip(group.trajectories, dense_advantages(penalised), strict=True):
+            assert t.unit_advantages == pytest.approx(a.tolist(), abs=1e-3)  # sums of up to 40 tokens in fp32
+            assert any(abs(x) > 0.01 for x in t.unit_advantages)
 
 
 def test_an_update_with_log_probs_that_are_not_finite_is_skipped_and_named(tmp_path):
