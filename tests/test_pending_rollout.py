@@ -19,7 +19,7 @@ from tic_megatron.rollout.source import SampledRollouts
 from tic_megatron.run import Run
 
 MADE, MADE_AGAIN = (random_rollout(seed=seed, n_prompts=4, group_size=2, vocab=100) for seed in (1, 2))
-OUTCOME = Outcome(busy={0: 0.5}, reissued=3)
+OUTCOME = Outcome(seconds=2.0, busy={0: 0.5}, reissued=3)
 
 
 def continued(tmp_path, *, steps_ahead):

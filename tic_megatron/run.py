@@ -278,6 +278,12 @@ class Run:
             self.progress.note(f"warning: left out {line}")
         return {"rollout/dropped_trajectories": float(len(dropped))}
 
+    def finish_profile(self) -> None:
+        """Have the actors write their profiles, if the step is to be profiled; say which the disk does not take."""
+        problem = self.actors.finish_profile()
+        if problem:
+            self.progress.note(f"warning: {problem}")
+
     def report_skipped(self, skipped: list[SkippedUpdate], groups: list[Group]) -> None:
         """Say which updates were skipped for a log-prob or gradient that is not finite; ends the run when it is too bad."""
         n_updates, max_fraction = self.settings.trainer.updates_per_step, self.settings.algorithm.max_bad_fraction

@@ -67,8 +67,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.actors.old_logprobs(check_noise=noise_check_due(settings, step))
         with timed("update"):
             metrics, skipped = run.actors.update()
-            if problem := run.actors.finish_profile():
-                run.progress.note(f"warning: {problem}")
+            run.finish_profile()
             run.report_skipped(skipped, groups)
         with suppress(Preempted, Interruption):  # the step is trained; the run leaves once it is recorded
             with timed("generate"), run.preemption.breakable():

@@ -53,7 +53,7 @@ class Outcome:
     set_aside: dict[int, str] = field(default_factory=dict)
     reissued: int = 0
     cut: int = 0
-    seconds: float = 1.0  # as if, in a checkpoint that has the shares only
+    seconds: float = 0.0
     busy: dict[int, float] = field(default_factory=dict)
 
 
