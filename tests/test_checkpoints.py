@@ -230,7 +230,7 @@ def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
 def test_checkpoints_of_another_course_are_moved_aside(saved, tmp_path):
     """Those of the folder that a run goes on in, which continues from a copy of elsewhere."""
     copy = shutil.copytree(saved.folder / "step_20", tmp_path / "copy" / "step_20")
-    assert not saved.is_own(copy) and saved.is_own(saved.folder / "step_20")
+    assert (saved.own_step(copy), saved.own_step(saved.folder / "step_20"), saved.own_step(None)) == (None, 20, None)
     saved.set_aside_others(copy)
     assert sorted(path.name for path in saved.folder.iterdir()) == ["step_20.replaced", "step_30.replaced"]
     assert saved.newest() == (None, [])
@@ -457,6 +457,7 @@ def _that_changes_what_it_names(file):
 
 
 def test_metadata_changes_nothing_that_it_names(tmp_path):
+    torch.serialization._get_layout("torch.strided")  # fills its cache
     before = dict(torch.serialization._get_layout.cache)
     file, touched = tmp_path / ".metadata", tmp_path / "touched"
     file.write_bytes(_that_changes_what_it_names(touched))

@@ -134,6 +134,14 @@ def test_a_command_that_is_told_to_leave_before_it_begins_leaves_the_marker_of_t
     assert goes_on(given) and find_checkpoint(given)[1].step == 2
 
 
+@pytest.mark.parametrize("resume", [None, 5, ["never"], {"a": 1}], ids=repr)
+def test_a_run_that_began_by_nonsense_began_as_usual(workspace, resume):
+    settings = settings_of(*workspace.base[1:]).resolve()
+    (workspace.root / "run").mkdir()
+    (workspace.root / "run" / "config.yaml").write_text(json.dumps({"run": {"resume": resume}}))
+    assert began_by(settings) == "auto" and find_checkpoint(settings)[0] is None
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused(workspace):
     make_run(workspace)
     settings = settings_of(*workspace.base[1:], f"--run.resume={STEP_2}").resolve()

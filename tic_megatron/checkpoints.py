@@ -166,17 +166,17 @@ class Checkpoints:
             except OSError as error:
                 self._untold.append(f"the old checkpoint {old.name} could not be removed: {disk_problem(error, old)}")
 
-    def is_own(self, checkpoint: Path) -> bool:
-        """Whether it is one of this folder's, and not only a copy."""
-        return checkpoint.resolve() in [own.resolve() for own in self._all()]
+    def own_step(self, checkpoint: Path | None) -> int | None:
+        """The step of one of this folder's, perhaps named by a link; None of a copy elsewhere, and of none."""
+        place = checkpoint and checkpoint.resolve()
+        return next((_step_of(own) for own in self._all() if own.resolve() == place), None)
 
     def set_aside_others(self, origin: Path | None) -> None:
         """Move checkpoints aside that are of another course than a run which continues from `origin` (None: which begins): those
         of later steps if the origin is one of this folder's, and all of them if it is not."""
-        own = self._all()
-        last = next((_step_of(path) for path in own if origin and path.resolve() == origin.resolve()), -1)
-        for checkpoint in own:
-            if _step_of(checkpoint) > last:
+        last = self.own_step(origin)
+        for checkpoint in self._all():
+            if last is None or _step_of(checkpoint) > last:
                 self._set_aside(checkpoint)
 
     def _set_aside(self, checkpoint: Path) -> None:

@@ -87,7 +87,7 @@ class Run:
         checkpoint = self.inputs.checkpoint
         self.state = begin_state(checkpoint, settings)
         self.checkpoints.set_aside_others(checkpoint)
-        self._saved = self.state.step if checkpoint and self.checkpoints.is_own(checkpoint) else None
+        self._saved = self.checkpoints.own_step(checkpoint)
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
         unmark(self.dir)
         self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)

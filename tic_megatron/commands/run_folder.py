@@ -84,7 +84,8 @@ def began_by(settings: Settings) -> str:
 
 def _of_the_folder(folder: Path) -> str:
     try:
-        return yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["run"]["resume"]
+        resume = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["run"]["resume"]
+        return resume if isinstance(resume, str) else "auto"
     except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
         return "auto"  # whoever compares the settings says what is wrong
 
