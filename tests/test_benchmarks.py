@@ -16,6 +16,7 @@ from tic_megatron.config_evaluate import EvaluateSettings
 from tic_megatron.evaluation import BENCHMARKS, choose_benchmarks, read_benchmark
 from tic_megatron.evaluation.results import benchmark_numbers, table, write_problems
 from tic_megatron.evaluation.saved import Mode, complete, read_rows
+from tic_megatron.remote import WorkerError
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rewards.code_tests import read_tests
 from tic_megatron.rollout.engines import _requests
@@ -232,13 +233,24 @@ def test_a_problem_that_engines_refuse_counts_as_wrong(tmp_path, seed):
             continue
         assert {name: row[name] for name in ("problem", "index", "sample", "seed")}.items() <= other.items()
         assert (row["response"], row["tokens"], row["score"], row["right"]) == ("", 0, 0.0, False)
-        assert row["fault"] == "not answered: it is too long; it counts as wrong"
+        assert row["fault"] == "not answered: it is too long"
     late = sorted(place for place in places if place >= 4)  # the first batch was told of before
     assert told == [f"prompt h:{place}, not answered: it is too long; it counts as wrong" for place in late]
     numbers, answered = benchmark_numbers(11, 3, rows, []), [row for row in whole if row["index"] not in places]
     assert numbers["not_graded"] == 9 and numbers["avg_at_k"] == pytest.approx(sum(row["right"] for row in answered) / 33)
     assert numbers["length_mean"] == pytest.approx(np.mean([row["tokens"] for row in answered]))
     assert numbers["truncated_fraction"] == pytest.approx(np.mean([row["truncated"] for row in answered]))
+
+
+def test_batches_of_one_problem_go_on_over_one_that_is_refused(tmp_path):
+    """As with `eval.save_every` below the number of samples. Only an evaluation without any response ends with an error."""
+    rows = completed(tmp_path / "r.jsonl", Answering(refused=PROMPTS[:2]), batch=1)
+    assert [bool(row["tokens"]) for row in rows] == 6 * [False] + 27 * [True]
+    for _ in range(2):  # also where nothing is left to generate
+        with pytest.raises(
+            WorkerError, match="none of the 11 problems of none is answered; the first, h:0, not answered: it is too"
+        ):
+            completed(tmp_path / "none" / "r.jsonl", Answering(refused=PROMPTS), batch=1)
 
 
 class Listed:

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models import make_tiny_qwen3, response_logprobs
 from tests.processes import family, wait_until_gone
 from tic_megatron.config import Settings
-from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import Advance, SampleRequest, stable_seed
 from tic_megatron.trajectory import Prompt
@@ -152,9 +151,13 @@ def test_greedy_equals_transformers(engines, model):
 def test_a_prompt_that_vllm_refuses_is_named(engines):
     """It is the prompt's fault: no engine is lost over it."""
     too_long = Prompt("long", "", "", tuple([5] * (MAX_PROMPT + MAX_RESPONSE + 1)))
-    with pytest.raises(WorkerError, match=r"none of 1 prompts .* the first, long: .*maximum context length is 344"):
-        generate(engines, [too_long])
-    assert [group.prompt.id for group in generate(engines, [*make_prompts(2)[:1], too_long])] == ["p0"]
+    rollout = engines.generate(
+        [*make_prompts(2)[:1], too_long], group_size=4, temperature=1.0, top_p=1.0, max_tokens=MAX_RESPONSE, seed=7
+    )
+    assert [group.prompt.id for group in rollout.groups] == ["p0"]
+    ((prompt, reason),) = rollout.set_aside
+    assert prompt is too_long and "maximum context length is 344" in reason
+    assert generate(engines, [too_long]) == []
     assert engines.pool.failures == 0
     assert generate(engines, make_prompts(2))  # it goes on
 

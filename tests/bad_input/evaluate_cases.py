@@ -106,6 +106,11 @@ FILES: dict[str, tuple[Spoil, list[str], list[str]]] = {
         ["--benchmarks=aime25=b.jsonl"],
         ["b.jsonl:1", "'1000'", "integer from 0 to 999"],
     ),
+    "two problems of one id": (
+        write("b.jsonl", '{"id": 7, "problem": "?", "answer": "7"}\n{"id": "7", "problem": "!", "answer": "7"}\n'),
+        ["--benchmarks=mine=b.jsonl"],
+        ["b.jsonl:2", "the id '7' of", "b.jsonl:1"],
+    ),
     "a benchmark without rows": (write("b.jsonl", "\n"), ["--benchmarks=mine=b.jsonl"], ["eval.benchmarks: mine", "b.jsonl"]),
     "malformed rows": (write("b.jsonl", "{\n"), ["--benchmarks=mine=b.jsonl"], ["b.jsonl:1", "malformed JSON"]),
     "a template that is no template": (

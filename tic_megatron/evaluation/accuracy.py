@@ -107,6 +107,9 @@ def evaluate(
         max_tokens=max_tokens,
         seed=stable_seed("eval", options.seed) if seed is None else seed,
     )
+    if not rollout.groups:
+        prompt, reason = rollout.set_aside[0]
+        raise nothing_answered(name, len(prompts), prompt.id, not_answered(reason))
     report = rewards.grade_groups(rollout.groups)
     responses = [trajectory for group in rollout.groups for trajectory in group.trajectories]
     assert len(responses) == len(rollout.groups) * options.samples, "every problem has its k responses"
@@ -129,13 +132,20 @@ def evaluate(
 
 def fault_lines(rollout: Rollout, report: GradeReport) -> list[str]:
     """For the user: every problem that is not answered, and the first few responses that could not be graded."""
-    unanswered = [f"prompt {prompt.id}, {not_answered(reason)}" for prompt, reason in rollout.set_aside]
+    unanswered = [f"prompt {prompt.id}, {not_answered(reason)}; it counts as wrong" for prompt, reason in rollout.set_aside]
     return [*unanswered, *report.first_faults()]
 
 
 def not_answered(reason: str) -> str:
     """What is said of a problem that engines failed on or refused."""
-    return f"not answered: {reason}; it counts as wrong"
+    return f"not answered: {reason}"
+
+
+def nothing_answered(name: str, n: int, problem: str, reason: str) -> Exception:
+    """The error of an evaluation without a single response, of which no accuracy is worth a word."""
+    from tic_megatron.remote import WorkerError  # and Ray, which bad input is told of without
+
+    return WorkerError(f"none of the {n} problems of {name} is answered; the first, {problem}, {reason}")
 
 
 def is_right(reward: float) -> bool:

@@ -125,11 +125,14 @@ def _hint(name: str) -> str:
 
 def read_benchmark(benchmark: Benchmark, data: DataSettings) -> list[Problem]:
     """Its problems, put into the template. SettingsError as `read_problems` raises it, naming file, line and field, also for an
-    answer that its grader cannot compare with."""
+    answer that its grader cannot compare with, and for an id that two problems have."""
     setting = f"{SETTING}: {benchmark.name}"
     if benchmark.programs:
-        return [_program(row, data) for row in read_rows(benchmark.source, setting)]
+        programs = [_program(row, data) for row in read_rows(benchmark.source, setting)]
+        _check_ids(programs)
+        return programs
     problems = read_problems(benchmark.source, _fields(benchmark, data, setting), setting)
+    _check_ids(problems)
     if benchmark.reward == "aime":
         for problem in problems:
             _check_integer(problem)
@@ -145,6 +148,17 @@ def _fields(benchmark: Benchmark, data: DataSettings, setting: str) -> DataSetti
         prompt_field=benchmark.prompt_field if benchmark.prompt_field in there else data.prompt_field,
         answer_field=benchmark.answer_field if benchmark.answer_field in there else data.answer_field,
     )
+
+
+def _check_ids(problems: Sequence[Problem]) -> None:
+    """Reports pair the runs' results by id, and responses that could not be graded are told by it."""
+    seen: dict[str, str] = {}
+    for problem in problems:
+        if problem.id in seen:
+            raise SettingsError(
+                f"{problem.where}: has the id {problem.id!r} of {seen[problem.id]}; give it another, or remove it"
+            )
+        seen[problem.id] = problem.where
 
 
 def _check_integer(problem: Problem) -> None:

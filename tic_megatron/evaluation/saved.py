@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tic_megatron.config import SettingsError
-from tic_megatron.evaluation.accuracy import fault_lines, is_right, not_answered
+from tic_megatron.evaluation.accuracy import fault_lines, is_right, not_answered, nothing_answered
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.trajectory import Group, Prompt
@@ -102,7 +102,7 @@ def complete(
         batch: problems that are generated together.
         tell: called after each batch with all rows so far, and lines about what of it could not be graded (`fault_lines`).
 
-    Raises WorkerError when no problem of a batch is answered.
+    Raises WorkerError when no problem is answered at all.
     """
     rows = read_rows(path, mode, len(prompts))
     done = len(rows) // mode.samples
@@ -137,6 +137,8 @@ def complete(
             os.fsync(file.fileno())
             rows += fresh
             tell(rows, fault_lines(rollout, report))
+    if not any(row["tokens"] for row in rows):
+        raise nothing_answered(path.parent.name, len(prompts), rows[0]["problem"], rows[0]["fault"])
     return rows
 
 

@@ -127,17 +127,13 @@ class EngineGroup:
         top_k: int = 0,
         first: int = 0,
     ) -> Rollout:
-        """`sample` for an evaluation: no response is cut. WorkerError when all prompts are set aside.
+        """`sample` for an evaluation: no response is cut.
 
         `first`: place of the first prompt in a longer list that these are a part of, and so of its seed.
         """
         dispatch = replace(self._dispatch, cut_tail_fraction=None)
         requests = _requests(prompts, group_size, temperature, top_p, max_tokens, seed, top_k, first)
-        rollout = self._run(prompts, requests, dispatch)
-        if rollout.set_aside and not rollout.groups:
-            prompt, reason = rollout.set_aside[0]
-            raise WorkerError(f"none of {len(prompts)} prompts could be answered; the first, {prompt.id}: {reason}")
-        return rollout
+        return self._run(prompts, requests, dispatch)
 
     def sample(
         self,
