@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import pickle
 import random
@@ -9,12 +10,10 @@ import re
 import shutil
 import signal
 import struct
-import sys
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock, call
 
 import pytest
@@ -29,7 +28,7 @@ from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, Run
 from tic_megatron.cli import main
 from tic_megatron.config import ActorSettings, RunSettings, Settings, SettingsError
 from tic_megatron.remote import Deadline, WorkerError, WorkerPool
-from tic_megatron.run import Run
+from tic_megatron.saving import Saving
 
 
 def write_actors(folder, step):
@@ -248,18 +247,15 @@ def test_a_process_of_low_priority_may_stay_so(saved, monkeypatch):
     ("failure", "patience_s"),
     [(WorkerError("gone"), 20.0), (KeyboardInterrupt(), 20.0), (RuntimeError("the graders do not start"), None), (None, None)],
 )
-def test_a_failed_run_does_not_wait_for_its_save_for_ever(failure, patience_s):
+def test_a_failed_run_does_not_wait_for_its_save_for_ever(tmp_path, monkeypatch, failure, patience_s):
     """When it may be the actors that have failed; otherwise they write on, until `cluster.timeout_s` at most."""
     waited = Mock()
-    run = Run.__new__(Run)
-    run._stack, run.checkpoints = ExitStack(), SimpleNamespace(finish=waited, problems=list)
-    run._stack.push(run._end_saving)
-    try:
+    saving = Saving(Settings(run=RunSettings(dir=str(tmp_path))), cast(Any, None), flush=lambda: None, note=print)
+    monkeypatch.setattr(saving._checkpoints, "finish", waited)
+    with contextlib.suppress(BaseException), contextlib.ExitStack() as stack:
+        stack.push(saving.end)
         if failure is not None:
             raise failure
-        run.__exit__(None, None, None)
-    except BaseException:
-        run.__exit__(*sys.exc_info())
     assert waited.call_args_list == [call(timeout_s=patience_s)]
 
 
@@ -431,7 +427,7 @@ def test_the_configuration_says_how_the_weights_are_stored(tmp_path, precision):
     settings = Settings(run=RunSettings(dir=str(tmp_path)), actor=ActorSettings(precision=precision))
     base = AutoConfig.for_model("qwen3", dtype="bfloat16")
     inputs: Any = SimpleNamespace(hf_config=base, tokenizer=make_tokenizer(tmp_path), model_dir=tmp_path)
-    Run(settings, inputs)._write_model_files(tmp_path / "hf")
+    Saving(settings, inputs, flush=lambda: None, note=print)._write_model_files(tmp_path / "hf")
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert (AutoConfig.from_pretrained(tmp_path / "hf").dtype, base.dtype) == (stored, torch.bfloat16)
 
@@ -501,13 +497,16 @@ def test_a_checkpoint_is_checked_where_nothing_can_be_synchronized(saved, monkey
 
 def test_no_checkpoint_without_the_rows_before_it(tmp_path):
     """Where the run would go on, they would be missing."""
-    run = Run.__new__(Run)
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
 
-    run.logger = SimpleNamespace(flush=full)
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(RunState(step=10), lambda folder: lambda: True, lambda folder: run._describe(folder, None))
-    assert re.search(r"step 10 was not saved: No space left on device: .*metrics\.jsonl \(make room", checkpoints.finish())
-    assert names(checkpoints) == []
+    notes: list[str] = []
+    saving = Saving(Settings(run=RunSettings(dir=str(tmp_path))), cast(Any, None), flush=full, note=notes.append)
+    saving.save(RunState(step=10), cast(Any, SimpleNamespace(begin_checkpoint=lambda folder: lambda: True)), None)
+    assert not saving.has(10) and saving.failed == 1
+    saving.tell_failed()
+    assert re.search(r"step 10 was not saved: No space left on device: .*metrics\.jsonl \(make room", "".join(notes))
+    with pytest.raises(CheckpointError, match="step 10 was not saved"):
+        saving.check()
+    assert names(Checkpoints(tmp_path, keep=1)) == []

@@ -17,11 +17,12 @@ from tic_megatron.commands.evaluate_preflight import IDENTITY_FILE, _check_same_
 from tic_megatron.config import EvalSettings, RewardSettings, Settings, SettingsError
 from tic_megatron.config_evaluate import EvaluateSettings
 from tic_megatron.evaluation import EvalSet, choose_benchmarks, eval_name, evaluate
+from tic_megatron.evaluation.during_training import Evaluations
+from tic_megatron.remote import WorkerError
 from tic_megatron.rewards import RewardWorkers
 from tic_megatron.rewards.workers import MOST_FAULTS_NAMED
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.requests import stable_seed
-from tic_megatron.rollout.source import SampledRollouts
 from tic_megatron.run import Run
 from tic_megatron.trajectory import Group, Prompt, Trajectory
 
@@ -59,6 +60,10 @@ def test_greedy_evaluation_asks_and_counts(rewards):
     result = evaluate(engines, problems(4), rewards, EvalSettings(seed=3), name=eval_name("some/heldout.jsonl"), max_tokens=5)
     with pytest.raises(ValueError, match="heldout"):
         evaluate(engines, [], rewards, EvalSettings(), name="heldout", max_tokens=5)
+    with pytest.raises(
+        WorkerError, match="none of the 2 problems of x is answered; the first, h:0, not answered: it is too long"
+    ):
+        evaluate(Listed([[], []]), problems(2), rewards, EvalSettings(), name="x", max_tokens=5)
     seed = stable_seed("eval", 3)
     greedy = {"group_size": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_tokens": 5, "seed": seed, "n": 4}
     assert engines.asked == [greedy]
@@ -86,8 +91,8 @@ def test_a_run_goes_on_when_problems_are_not_answered_or_graded(seed, tmp_path):
     settings.eval.samples, settings.trainer.eval_every = k, 2
     notes: list[str] = []
     with RewardWorkers(RewardSettings(function="aime"), tmp_path / "rewards.log") as rewards:
-        run = Run(settings, cast(Any, SimpleNamespace(eval_prompts=prompts, benchmarks=[])))
-        run.rollouts = SampledRollouts(settings, cast(Any, Listed(texts)), rewards)
+        run = Run(settings, cast(Any, None))
+        run.evaluations = Evaluations(settings, prompts, [], cast(Any, Listed(texts)), {settings.reward.function: rewards})
         run.progress = cast(Any, SimpleNamespace(phase=lambda phase: None, note=notes.append))
         metrics = run.evaluate(2)
     refused = [prompt.id for prompt, given in zip(prompts, texts, strict=True) if not given]

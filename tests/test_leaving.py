@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -30,9 +31,9 @@ class Recorder(Run):
     """A run of which only the records are real: its rows, and the steps that it has saved."""
 
     def __init__(self, folder, state, saved):
-        self.settings, self.dir, self.state, self._saved = Settings(), folder, state, saved
+        self.settings, self.dir, self.state = Settings(), folder, state
         self.settings.trainer.steps, self.settings.rollout.save_every = 4, 0
-        self.checkpoints = SimpleNamespace(failed=0, problems=list)
+        self.saving = Mock(step=saved, failed=0, has_pending=False)
         self.preemption, self.memory, self._cursor_state = Preemption(), None, {"place": state.step}
         self.skipped_in_a_row = SkippedInARow(3, state.skipped_in_a_row)
         self.rows, self.saves = [], []
@@ -79,14 +80,15 @@ def test_a_step_is_recorded_once_whenever_the_run_leaves(tmp_path, step):
 def test_the_rollout_that_is_being_made_ahead_is_waited_for_when_the_step_is_safe(tmp_path, made, failing):
     events: list[Any] = []
     run = Recorder(tmp_path, RunState(step=3), saved=3 if made == 0 else 2)
-    run.settings.rollout.steps_ahead, run._saved_pending = 1, made == 0
+    run.settings.rollout.steps_ahead, run.saving.has_pending = 1, made == 0
     run.actors = SimpleNamespace(restore=lambda: events.append("restore"))
     run.progress.phase = lambda name: None
-    run.checkpoints.finish = lambda: events.append("finish")
+    run.saving.has = lambda step: run.saving.step == step
+    run.saving.check = lambda: events.append("check")
 
     def save():
-        run._saved_pending = run.rollouts.pending(3) is not None
-        events.append(("save", run._saved_pending))
+        run.saving.has_pending = run.rollouts.pending(3) is not None
+        events.append(("save", run.saving.has_pending))
 
     def wait(actors, version):
         assert (tmp_path / "requeue").exists() and version == 3
@@ -97,14 +99,14 @@ def test_the_rollout_that_is_being_made_ahead_is_waited_for_when_the_step_is_saf
     run._save = save
     pending = SimpleNamespace(write="write")
     run.rollouts = SimpleNamespace(wait=wait, pending=lambda trained: pending if "wait" in events or made == 1 else None)
-    run.checkpoints.add_pending = lambda step, write: events.append(("add", step, write))
+    run.saving.add_pending = lambda pending: events.append(("add", pending.write))
     run.leave("SIGTERM")
     assert (tmp_path / "requeue").read_text() == "left at SIGTERM after step 3\n"
     saves = {0: [], 1: [("save", True)], 2: [("save", False)]}[made]
-    again = ["wait", *([] if failing else [("add", 3, "write")])] if made == 2 else []
-    assert [event for event in events if event not in ("restore", "finish")] == [*saves, *again]
+    again = ["wait", *([] if failing else [("add", "write")])] if made == 2 else []
+    assert [event for event in events if event not in ("restore", "check")] == [*saves, *again]
     if again:
-        assert "finish" in events[: events.index("wait")]  # the first save is on the disk by then
+        assert "check" in events[: events.index("wait")]  # the first save is on the disk by then
 
 
 @pytest.mark.parametrize("wait", [lambda call: ray.wait([call], timeout=20), lambda call: ray.get(call, timeout=20)])

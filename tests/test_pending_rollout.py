@@ -44,9 +44,9 @@ def test_it_is_made_again_where_what_it_was_made_with_may_have_changed(tmp_path,
     run.settings = Settings(run=RunSettings(allow_change=allowed))
     run.rollouts = SimpleNamespace(restore=restored.append)
     run.progress = SimpleNamespace(note=notes.append)
-    run._saved_pending = False
+    run.saving = SimpleNamespace(has_pending=False)
     run._restore_pending(tmp_path)
-    assert (len(restored), run._saved_pending, len(notes)) == ((1, True, 0) if used else (0, False, 1))
+    assert (len(restored), run.saving.has_pending, len(notes)) == ((1, True, 0) if used else (0, False, 1))
 
 
 def test_it_is_trained_on(tmp_path):

@@ -1,11 +1,8 @@
-"""What a training run holds open, from the cluster to the log files; and how it starts, saves and ends."""
+"""What a training run holds open, from the cluster to the log files; and how it starts, goes through its steps, and ends."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import shutil
 import signal
 import sys
 import time
@@ -16,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from tic_megatron.actors.group import ActorGroup
-from tic_megatron.checkpoints import MODEL_FOLDER, SETTINGS_FILE, CheckpointError, Checkpoints, RunState, find_pending
+from tic_megatron.checkpoints import RunState, find_pending
 from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
 from tic_megatron.commands.run_folder import begin_state
-from tic_megatron.config import EvalSettings, Settings
+from tic_megatron.config import Settings
 from tic_megatron.data.packing import has_equal_rewards
 from tic_megatron.data.prompts import PromptCursor
 from tic_megatron.data.quality import SkippedInARow, SkippedUpdate, drop_bad_trajectories, report_skipped_updates
-from tic_megatron.evaluation import EvalResult, EvalSet, eval_name, evaluate, grader_settings
+from tic_megatron.evaluation import eval_name, grader_settings
+from tic_megatron.evaluation.during_training import Evaluations
 from tic_megatron.observability.files import disk_problem
 from tic_megatron.observability.health import HealthMonitor
 from tic_megatron.observability.memory import MemoryLog
@@ -35,19 +33,15 @@ from tic_megatron.observability.rollouts import rollout_path, write_rollout
 from tic_megatron.observability.summary import write_summary
 from tic_megatron.observability.timers import PhaseTimers
 from tic_megatron.preemption import Preemption, mark, unmark
-from tic_megatron.remote import WorkerError
 from tic_megatron.rewards import GradeReport, RewardWorkers
 from tic_megatron.rewards.overlong import overlong_metrics, punish_overlong
-from tic_megatron.rollout.engines import DTYPES, EngineGroup
+from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.rollout.pending import PendingRollout
-from tic_megatron.rollout.requests import stable_seed
 from tic_megatron.rollout.source import ReplayedRollouts, RolloutSource, SampledRollouts
 from tic_megatron.rollout.stop_tokens import stop_token_ids
+from tic_megatron.saving import Saving
 from tic_megatron.trajectory import Group
-from tic_megatron.weights.names import write_index
 
-SAVE_PATIENCE_S = 20.0
-"""Seconds that a checkpoint which is under way has left when the run has failed."""
 MEMORY_TIMEOUT_S = 10.0
 """Seconds after which a process's line in the memory log stays empty."""
 
@@ -59,14 +53,13 @@ class Run:
         self.settings = settings
         self.inputs = inputs
         self.dir = Path(settings.run.dir)
-        self.checkpoints = Checkpoints(self.dir, settings.trainer.keep_checkpoints)
         self.state = RunState()
         self.timers = PhaseTimers()
         self.health = HealthMonitor()
         self.memory = MemoryLog(self.dir / "logs") if settings.logging.memory else None
         self.preemption = Preemption()
-        self._saved: int | None = None  # the step of the last checkpoint
-        self._saved_pending = False  # whether it has a rollout that was made ahead
+        self.evaluations: Evaluations | None = None
+        """None with saved rollouts: there are no engines."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -83,24 +76,23 @@ class Run:
 
     def _open(self) -> None:
         settings, log_dir = self.settings, self.dir / "logs"
-        self.checkpoints.remove_unfinished()
         checkpoint = self.inputs.checkpoint
         self.state = begin_state(checkpoint, settings)
-        self.checkpoints.set_aside_others(checkpoint)
-        self._saved = self.checkpoints.own_step(checkpoint)
         self.skipped_in_a_row = SkippedInARow(settings.algorithm.max_skipped_updates, self.state.skipped_in_a_row)
-        unmark(self.dir)
         self.cursor = PromptCursor(self.inputs.train_prompts, seed=settings.run.seed)
         if self.state.cursor:
             self.cursor.load_state_dict(self.state.cursor, allow_other_prompts="data.train" in settings.run.allow_change)
         self._begun = self.state.step  # the last step whose rollout was begun
         self.logger = MetricsLogger(self.dir, settings.logging, settings.run.name, asdict(settings))
         self._stack.callback(self.logger.close)
-        for step, row in self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None)):
-            self.health.check(step, row)
         self.progress = self._stack.enter_context(
             ProgressDisplay(settings.trainer.steps, start_step=self.state.step, title=settings.run.name)
         )
+        self.saving = Saving(settings, self.inputs, flush=self.logger.flush, note=self.progress.note)
+        self.saving.continue_from(checkpoint)  # before the rows of later checkpoints are dropped
+        for step, row in self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None)):
+            self.health.check(step, row)
+        unmark(self.dir)
         for problem in self.inputs.damaged:
             self.progress.note(f"warning: {problem}; an older checkpoint is used")
         if checkpoint:
@@ -113,7 +105,7 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.actors = ActorGroup.start(settings, cluster, log_dir=log_dir)
         self._stack.callback(self.actors.stop)
-        self._stack.push(self._end_saving)
+        self._stack.push(self.saving.end)
         self.rollouts = self._start_rollouts(cluster)
         self.actors.setup(str(self.inputs.model_dir))
         if checkpoint:
@@ -135,7 +127,7 @@ class Run:
             self.progress.note(f"the rollout that was made ahead is made again, since {', '.join(changed)} may have changed")
         elif pending is not None:
             self.rollouts.restore(pending)
-            self._saved_pending = True
+            self.saving.has_pending = True
 
     def _start_rollouts(self, cluster: Cluster) -> RolloutSource:
         """Engines start before the actors load their model: vLLM measures the free memory when it starts, and then sleeps."""
@@ -144,14 +136,14 @@ class Run:
         self._stop_ids = stop_token_ids(self.inputs.tokenizer, self.settings.rollout.stop_tokens)
         rewards = RewardWorkers(self.settings.reward, self.dir / "logs" / "rewards.log", self._token_text)
         self._stack.callback(rewards.close)
-        self._rewards = {self.settings.reward.function: rewards}
+        graders = {self.settings.reward.function: rewards}
         if rewards.program_digest:  # of what it runs, should the file have been changed since the checks
             self.state.programs["reward.function"] = rewards.program_digest
         for benchmark in (chosen.benchmark for chosen in self.inputs.benchmarks):
-            if benchmark.reward not in self._rewards:
+            if benchmark.reward not in graders:
                 grader = RewardWorkers(grader_settings(benchmark, self.settings.reward), self.dir / "logs" / "rewards.log")
                 self._stack.callback(grader.close)
-                self._rewards[benchmark.reward] = grader
+                graders[benchmark.reward] = grader
         engines = EngineGroup.start(
             self.settings,
             model_path=str(self.inputs.model_dir),
@@ -162,6 +154,7 @@ class Run:
         )
         self._stack.callback(engines.stop)
         engines.ready()
+        self.evaluations = Evaluations(self.settings, self.inputs.eval_prompts, self.inputs.benchmarks, engines, graders)
         rollouts = SampledRollouts(self.settings, engines, rewards, note=self.progress.note)
         if self.state.step == 0:
             rollouts.remember_model()
@@ -223,15 +216,12 @@ class Run:
         self._begun = step
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy on the held-out problems, if there are any and this step is due (0 is before the first step)."""
-        trainer = self.settings.trainer
-        due = step in (0, trainer.steps) or (trainer.eval_every > 0 and step % trainer.eval_every == 0)
-        if not due or not isinstance(self.rollouts, SampledRollouts):
+        """Accuracy on the held-out problems and the benchmarks, if there are any and this step is due."""
+        if self.evaluations is None or not self.evaluations.is_due(step):
             return {}
         self.progress.phase("evaluate")
         with self.preemption.breakable():
-            held_out = self._evaluate_held_out(self.rollouts)
-            benchmarks = [self._evaluate_benchmark(self.rollouts, chosen) for chosen in self.inputs.benchmarks]
+            held_out, benchmarks = self.evaluations.held_out(), self.evaluations.benchmarks()
         results = [*([held_out] if held_out else []), *benchmarks]
         for result in results:
             for fault in result.faults:
@@ -244,32 +234,6 @@ class Run:
             for result in results[:1]:
                 self.progress.accuracy(result.accuracy)
         return {name: value for result in results for name, value in result.metrics().items()}
-
-    def _evaluate_held_out(self, rollouts: SampledRollouts) -> EvalResult | None:
-        if not self.inputs.eval_prompts:
-            return None
-        return evaluate(
-            rollouts.engines,
-            self.inputs.eval_prompts,
-            rollouts.rewards,
-            self.settings.eval,
-            name=eval_name(self.settings.data.eval),
-            max_tokens=self.settings.eval_response_tokens,
-        )
-
-    def _evaluate_benchmark(self, rollouts: SampledRollouts, chosen: EvalSet) -> EvalResult:
-        """As its table entry says: Avg@k at temperature 1, or greedy."""
-        options, benchmark = self.settings.eval, chosen.benchmark
-        samples = benchmark.samples if options.benchmark_samples is None else options.benchmark_samples
-        return evaluate(
-            rollouts.engines,
-            chosen.prompts,
-            self._rewards[benchmark.reward],
-            EvalSettings(samples=samples, temperature=1.0) if samples else EvalSettings(),
-            name=benchmark.name,
-            max_tokens=self.settings.eval_response_tokens,
-            seed=stable_seed("eval", options.seed, benchmark.name),
-        )
 
     def drop_bad(self, groups: list[Group]) -> dict[str, float]:
         """Leave out trajectories with a non-finite reward or log-prob, and say which; metrics of it."""
@@ -304,7 +268,7 @@ class Run:
 
     def trained(self, step: int, groups: list[Group], metrics: dict[str, float]) -> None:
         """The weights are those of this step now, which is to be evaluated and recorded: here, or where the run goes on."""
-        saves = {"checkpoint/failed": float(self.checkpoints.failed)}
+        saves = {"checkpoint/failed": float(self.saving.failed)}
         every = self.settings.rollout.save_every
         if every and step % every == 0:
             with self._despite_the_disk(f"the rollout of step {step} is not kept"):
@@ -318,7 +282,7 @@ class Run:
         """Evaluate the trained step if that is due, log it, and save what is due."""
         trainer, step = self.settings.trainer, self.state.step
         metrics = self.state.unrecorded | self.evaluate(step)
-        self._tell_failed_saves()
+        self.saving.tell_failed()
         with self._despite_the_disk(f"the metrics of step {step} wait in memory, without which no checkpoint is written"):
             self.logger.log(step, metrics)
         self.state.unrecorded = None
@@ -326,7 +290,7 @@ class Run:
         for warning in self.health.check(step, metrics):
             self.progress.note(f"warning: {warning}")
         due = step == trainer.steps or (trainer.save_every > 0 and step % trainer.save_every == 0)
-        if due and self._saved != step:  # it is when the run continues from there
+        if due and self.saving.step != step:  # it is when the run continues from there
             self.to_training()
             self._save()
             self.log_memory(step, "save")
@@ -338,14 +302,14 @@ class Run:
         """Save the last trained step, unless it is saved, and leave a marker for whoever queues the run again. Only then wait for
         a rollout that is being made ahead, and save it too: it may take longer than the grace that there is."""
         ahead = self.settings.rollout.steps_ahead
-        if self.state.step > 0 and (self._saved != self.state.step or self.checkpoints.finish() is not None):
+        if self.state.step > 0 and not self.saving.has(self.state.step):
             if not ahead:
                 self.rollouts.stop()  # engines may be at work, on the actors' GPUs
             self.actors.restore()
             self._save()
-        self._check_saved()
+        self.saving.check()
         mark(self.dir, signal_name, self.state.step)
-        if ahead and self.state.step > 0 and not self._saved_pending:
+        if ahead and self.state.step > 0 and not self.saving.has_pending:
             self._add_pending()
 
     def _add_pending(self) -> None:
@@ -358,26 +322,12 @@ class Run:
             return
         pending = self.rollouts.pending(self.state.step)
         if pending is not None:
-            self.checkpoints.add_pending(self.state.step, pending.write)
+            self.saving.add_pending(pending)
 
     def _save(self) -> None:
-        """Begin to save; unless `trainer.async_save`, also finish."""
         self.progress.phase("save")
         self.state.wall_s += self._lap()
-        pending = self.rollouts.pending(self.state.step)
-        self._saved_pending = pending is not None
-        describe = functools.partial(self._describe, pending=pending)
-        self.checkpoints.save(self.state, self.actors.begin_checkpoint, describe)
-        self._saved = self.state.step
-        if not self.settings.trainer.async_save:
-            self.checkpoints.finish()
-            self._tell_failed_saves()
-
-    def _end_saving(self, failure: type[BaseException] | None, *_: object) -> None:
-        """On leaving. After a worker's failure the actors may be those that hang, and who interrupts does not want to wait."""
-        in_doubt = failure is not None and issubclass(failure, WorkerError | KeyboardInterrupt)
-        self.checkpoints.finish(timeout_s=SAVE_PATIENCE_S if in_doubt else None)
-        self._tell_failed_saves()
+        self.saving.save(self.state, self.actors, self.rollouts.pending(self.state.step))
 
     @contextmanager
     def _despite_the_disk(self, what: str) -> Iterator[None]:
@@ -387,17 +337,6 @@ class Run:
         except OSError as error:
             self.progress.note(f"warning: {what}: {disk_problem(error, self.dir)}")
 
-    def _tell_failed_saves(self) -> None:
-        for problem in self.checkpoints.problems():
-            self.progress.note(f"warning: {problem}; the run goes on")
-
-    def _check_saved(self) -> None:
-        """Wait for the last save. Raises CheckpointError if it failed: nothing will be saved after it."""
-        problem = self.checkpoints.finish()
-        self.checkpoints.problems()  # told by the error
-        if problem:
-            raise self.checkpoints.error if isinstance(self.checkpoints.error, WorkerError) else CheckpointError(problem)
-
     def to_training(self) -> None:
         """Colocated engines sleep, and the actors come back to their GPUs; `rollouts.use_weights` is the way back."""
         self.rollouts.make_room()
@@ -406,10 +345,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Export the model, draw the curves, write and return the summary."""
         self.progress.phase("save")
-        self.checkpoints.finish()  # first: the disk may have room for one of the two, and the export can be made again
+        self.saving.finish()  # first: the disk may have room for one of the two, and the export can be made again
         self.progress.phase("export")
         self.to_training()  # where a run continues after its last step, the engines may have the GPUs
-        self._export_hf()
+        self.saving.export(self.actors)
         plot_curves(self.dir, {f"eval/{name}/accuracy": value for name, value in self._accuracies_before().items()})
         summary = {
             "accuracy_before": self.state.accuracy_before,
@@ -422,7 +361,7 @@ class Run:
             before, after = self.state.benchmarks_before, self.state.benchmarks
             summary["benchmarks"] = {name: {"before": before.get(name), "after": value} for name, value in after.items()}
         write_summary(self.dir, summary)
-        self._check_saved()
+        self.saving.check()
         return summary
 
     def _accuracies_before(self) -> dict[str, float]:
@@ -430,38 +369,6 @@ class Run:
         path, accuracy = self.settings.data.eval, self.state.accuracy_before
         held_out = {eval_name(path): accuracy} if path and accuracy is not None else {}
         return held_out | self.state.benchmarks_before
-
-    def _export_hf(self) -> None:
-        """`hf/`: safetensors with an index, configuration and tokenizer, loadable with plain transformers."""
-        target, unfinished = self.dir / "hf", self.dir / ".hf.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            write_index(unfinished, self.actors.save_hf(unfinished))
-            self._write_model_files(unfinished)
-            shutil.rmtree(target, ignore_errors=True)
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _describe(self, checkpoint: Path, pending: PendingRollout | None) -> None:
-        """The rollout that was made ahead, and what a checkpoint needs to be exported without the run's inputs; when the rows of
-        the metrics up to here are on the disk."""
-        self.logger.flush()
-        if pending is not None:
-            pending.write(checkpoint)
-        self.settings.save(checkpoint / SETTINGS_FILE)
-        self._write_model_files(checkpoint / MODEL_FOLDER)
-
-    def _write_model_files(self, directory: Path) -> None:
-        """What a Hugging Face directory has beside the weights."""
-        config = copy.copy(self.inputs.hf_config)
-        config.dtype = DTYPES[self.settings.actor.precision]  # by which they are loaded; the base model's may differ
-        config.save_pretrained(directory)
-        self.inputs.tokenizer.save_pretrained(directory)
-        generation_config = self.inputs.model_dir / "generation_config.json"
-        if generation_config.exists():
-            shutil.copy(generation_config, directory)
 
     def _lap(self) -> float:
         """Seconds since the last lap."""
