@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -22,7 +25,13 @@ from tic_megatron.config import Settings
 from tic_megatron.remote import WorkerError
 from tic_megatron.rollout.engines import EngineGroup
 from tic_megatron.trajectory import Prompt
-from tic_megatron.weights.sending import BroadcastSendBuffer, WeightTransferError, compare_digests
+from tic_megatron.weights.sending import (
+    BroadcastSendBuffer,
+    CudaIpcSendBuffer,
+    WeightTransferError,
+    compare_digests,
+    merge_payloads,
+)
 from tic_megatron.weights.wire import (
     ALIGNMENT,
     Block,
@@ -31,6 +40,7 @@ from tic_megatron.weights.wire import (
     SharedMemoryBuffer,
     TensorAssembler,
     block_digest,
+    broadcast,
     layout_blocks,
 )
 
@@ -148,6 +158,56 @@ tensor = buffer.flat[64:84].view(torch.float32)
 assert tensor.tolist() == [0, 1, 2, 3, 4], tensor
 tensor += 1
 """
+
+
+def test_a_gpus_memory_is_named_once_per_update(monkeypatch):
+    """And not in every bucket, for every engine: hundreds of GPUs have hundreds of names."""
+    exported = []
+
+    def reduce_tensor(tensor):
+        exported.append(tensor)
+        return None, ("handle", len(exported))
+
+    gpu = SimpleNamespace(uuid="GPU-0")
+    monkeypatch.setattr("torch.empty", lambda nbytes, **_: torch.zeros(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr("torch.multiprocessing.reductions.reduce_tensor", reduce_tensor)
+    buffers = []
+    for number in range(3):
+        gpu.uuid = f"GPU-{number}"
+        buffers.append(CudaIpcSendBuffer(64))
+    for update in range(2):
+        for buffer in buffers:
+            buffer.begin_update()
+        for bucket in range(5):
+            sent = [{"blocks": [], "nbytes": 0, "rank": 0, "handle": buffer.handle(bucket % 2)} for buffer in buffers]
+            (payload,) = merge_payloads(sent, straight=False)
+            named = set(payload["handle"].pop("cuda_ipc", {}))
+            assert payload["handle"] == {"slot": bucket % 2}
+            assert named == ({"GPU-0", "GPU-1", "GPU-2"} if bucket < 2 else set())
+        assert len(exported) == 6 * (update + 1)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_broadcast_between_gpus_waits_for_no_watchdog(failing):
+    """The calls only: NCCL's `wait` returns at once unless it is given a time."""
+    events: list[Any] = []
+
+    def wait(timeout):
+        events.append(("wait", timeout.total_seconds()))
+        if failing:
+            raise RuntimeError("timed out")
+
+    group = SimpleNamespace(
+        broadcast=lambda flat, root: events.append("broadcast") or SimpleNamespace(wait=wait),
+        abort=lambda: events.append("abort"),
+    )
+    flat = cast(Any, SimpleNamespace(device=torch.device("cuda")))
+    with pytest.raises(RuntimeError, match="timed out") if failing else contextlib.nullcontext():
+        broadcast(cast(Any, group), flat, 7.0)
+    assert events == ["broadcast", ("wait", 7.0), *(["abort"] if failing else [])]
 
 
 def test_shared_memory_outlives_its_receivers():

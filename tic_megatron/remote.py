@@ -117,14 +117,19 @@ class WorkerPool:
         results: list[Any] = [None] * len(calls)
         end = time.monotonic() + deadline.seconds
         while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            waiting = list(pending)
+            # All that have ended: one at a time, hundreds of calls would be looked through hundreds of times.
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            if not done:
+                done, _ = ray.wait(waiting, num_returns=1, timeout=max(0.0, end - time.monotonic()))
             if not done:
                 self._hang(sorted(pending.values()), method, deadline)
-            index = pending.pop(done[0])
-            try:
-                results[index] = ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                self._fail(index, method, error, pending)
+            for call in done:
+                index = pending.pop(call)
+                try:
+                    results[index] = ray.get(call)
+                except ray.exceptions.RayError as error:
+                    self._fail(index, method, error, pending)
         return results
 
     def _fail(self, index: int, method: str, error: ray.exceptions.RayError, pending: dict[ray.ObjectRef, int]) -> NoReturn:

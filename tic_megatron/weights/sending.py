@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tic_megatron.rendezvous import open_store
-from tic_megatron.weights.wire import SharedMemoryBuffer, make_group
+from tic_megatron.weights.wire import SharedMemoryBuffer, broadcast, make_group
 
 N_SLOTS = 2
 """Buckets that exist at the same time: one is assembled while the engines load the other."""
@@ -99,28 +99,30 @@ class CudaIpcSendBuffer:
     def __init__(self, nbytes: int):
         self._flats = [torch.empty(nbytes, dtype=torch.uint8, device="cuda") for _ in range(N_SLOTS)]
         self._uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        self._exports: dict[int, tuple] = {}
+        self._exported: set[int] = set()  # in this update
 
     def begin_update(self) -> None:
         """Export the memory anew: a receiver opens and releases one export per update, which keeps torch's count right."""
-        self._exports = {}
+        self._exported = set()
 
     def flat(self, slot: int) -> Tensor:
         """All bytes of a slot, uint8."""
         return self._flats[slot]
 
     def handle(self, slot: int) -> dict[str, Any]:
-        """The arguments of torch's `rebuild_cuda_tensor`, by GPU."""
+        """The slot; the first time in an update also the arguments of torch's `rebuild_cuda_tensor`, by GPU. (With every bucket,
+        those of hundreds of GPUs would be most of what the driver sends.)"""
         from torch.multiprocessing.reductions import reduce_tensor
 
         torch.cuda.current_stream().synchronize()  # the copies must be done before another process reads
-        if slot not in self._exports:
-            self._exports[slot] = reduce_tensor(self._flats[slot])[1]
-        return {"cuda_ipc": {self._uuid: self._exports[slot]}, "slot": slot}
+        if slot in self._exported:
+            return {"slot": slot}
+        self._exported.add(slot)
+        return {"slot": slot, "cuda_ipc": {self._uuid: reduce_tensor(self._flats[slot])[1]}}
 
     def close(self) -> None:
         """Free the memory."""
-        self._flats, self._exports = [], {}
+        self._flats = []
         torch.cuda.ipc_collect()
 
 
@@ -146,6 +148,7 @@ class BroadcastSendBuffer:
     def connect(self, n_receivers: int, timeout_s: float) -> None:
         """Wait until all receivers have joined."""
         self._group = make_group(self._store, 0, 1 + n_receivers, self._flats[0].device, timeout_s)
+        self._timeout_s = timeout_s
 
     def flat(self, slot: int) -> Tensor:
         """All bytes of a slot, uint8."""
@@ -159,7 +162,7 @@ class BroadcastSendBuffer:
         """Send a filled slot to all receivers, who must have been told of it. RuntimeError when one has died; the others are
         cut off then, so that they need not wait for what will not come."""
         try:
-            self._group.broadcast(self._flats[slot][:nbytes], 0).wait()
+            broadcast(self._group, self._flats[slot][:nbytes], self._timeout_s)
         except RuntimeError:
             self._group = None
             raise

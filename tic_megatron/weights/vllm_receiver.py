@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -25,7 +26,7 @@ from vllm.platforms import current_platform
 from tic_megatron.observability.memory import process_memory
 from tic_megatron.rendezvous import join_store
 from tic_megatron.weights.vllm_cpu_experts import apply_expert_map
-from tic_megatron.weights.wire import Bucket, SharedMemoryBuffer, TensorAssembler, block_digest, make_group
+from tic_megatron.weights.wire import Bucket, SharedMemoryBuffer, TensorAssembler, block_digest, broadcast, make_group
 
 REBUILD_DEVICE = 6
 """Place of the device among the arguments of torch's `rebuild_cuda_tensor`."""
@@ -56,7 +57,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._tied = tied_layers(self.model)
         self._shared: dict[str, SharedMemoryBuffer] = {}
         self._opened: dict[int, torch.Tensor] = {}
-        self._groups: dict[int, Any] = {}
+        self._groups: dict[int, tuple[ProcessGroup, float]] = {}  # by sender; with the seconds that a broadcast may take
         self._room: torch.Tensor | None = None
         self._assembler = TensorAssembler()
         self._record_digests = False
@@ -72,7 +73,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for source in sources:
             timeout_s = source["timeout_s"]
             store = join_store(source["host"], source["port"], timeout_s)
-            self._groups[source["source"]] = make_group(store, 1 + rank, 1 + n_receivers, self.device, timeout_s)
+            group = make_group(store, 1 + rank, 1 + n_receivers, self.device, timeout_s)
+            self._groups[source["source"]] = group, timeout_s
 
     def start_weight_update(self) -> None:
         """Prepare every layer to be loaded again."""
@@ -125,12 +127,13 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if name not in self._shared:
                 self._shared[name] = SharedMemoryBuffer.attach(name)
             return self._shared[name].flat
-        if "cuda_ipc" in handle:
+        if "slot" in handle:
             return self._open_gpu_memory(handle)
         if self._room is None or self._room.numel() < bucket.nbytes:
             self._room = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self.device)
         flat = self._room[: bucket.nbytes]
-        self._groups[handle["broadcast"]].broadcast(flat, 0).wait()
+        group, timeout_s = self._groups[handle["broadcast"]]
+        broadcast(group, flat, timeout_s)
         return flat
 
     def _open_gpu_memory(self, handle: dict[str, Any]) -> torch.Tensor:
@@ -138,7 +141,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         slot = handle["slot"]
         if slot not in self._opened:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-            if uuid not in handle["cuda_ipc"]:
+            if uuid not in handle.get("cuda_ipc", {}):
                 raise RuntimeError(f"no actor has sent weights from this engine's GPU, {uuid}")
             arguments = list(handle["cuda_ipc"][uuid])
             arguments[REBUILD_DEVICE] = self.device.index  # the sender's numbering of the GPUs is another

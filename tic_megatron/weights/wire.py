@@ -233,8 +233,23 @@ def make_group(store: dist.Store, rank: int, size: int, device: torch.device, ti
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    options._timeout = 2 * timeout  # NCCL's watchdog ends the process: `broadcast` gives up before it
     return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def broadcast(group: dist.ProcessGroup, flat: torch.Tensor, timeout_s: float) -> None:
+    """From rank 0 to all others; done when this returns. RuntimeError when a peer has died, and in time when one does not answer;
+    the group is of no use then."""
+    work = group.broadcast(flat, 0)
+    if flat.device.type != "cuda":
+        work.wait()
+        return
+    try:
+        # Without a time only the stream would wait, and nobody hear of a peer's death before NCCL's watchdog.
+        work.wait(timedelta(seconds=timeout_s))
+    except RuntimeError:
+        group.abort()  # its kernel would occupy the stream for ever
+        raise
 
 
 def block_digest(values: torch.Tensor, shape: Shape, start: Shape) -> int:

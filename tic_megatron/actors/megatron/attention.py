@@ -63,11 +63,24 @@ def packed_causal_attention(
         mask = None if layout.size == 1 else _causal_mask(sizes.tolist(), queries.shape[1], keys.shape[1], layout)
         if mask is not None:
             mask = mask.to(query.device)
-        out = F.scaled_dot_product_attention(*dense, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        states, grouped = _heads_for_kernel(*dense)
+        out = F.scaled_dot_product_attention(*states, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2)[real.to(query.device)])
         rows.append(queries[real])
     result = torch.zeros_like(query)
     return result.index_copy(0, torch.cat(rows).to(query.device), torch.cat(outputs))
+
+
+def _heads_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
+    """Heads as a kernel takes them which needs memory linear in the length, and whether query heads share keys in it.
+
+    On GPUs there is none for grouped heads in fp32: torch would compute all scores, [heads, length, length], without a word. The
+    keys and values of its memory-efficient one have every query head's own copy. (The same on CPUs, where tests are.)
+    """
+    if query.dtype != torch.float32:
+        return (query, key, value), True
+    shared = query.shape[1] // key.shape[1]
+    return (query, key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)), False
 
 
 def _padded_rows(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
