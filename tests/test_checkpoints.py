@@ -146,6 +146,27 @@ def test_links_are_followed(saved, tmp_path):
         saved.newest()
 
 
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(saved, tmp_path, monkeypatch):
+    """The run would begin again, and drop its metrics."""
+    moved = saved.folder.rename(tmp_path / "scratch")
+    assert saved.newest() == (None, [])
+    saved.folder.symlink_to(moved)
+    assert saved.newest()[0].name == "step_30"
+    moved.rename(tmp_path / "absent")
+    for use in (saved.newest, lambda: saved.set_aside_others(None)):
+        with pytest.raises(SettingsError, match=r"checkpoints cannot be read \(No such file .*may hold checkpoints; restore it"):
+            use()
+
+    def refuse(place):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    saved.folder.unlink()
+    (tmp_path / "absent").rename(saved.folder)
+    monkeypatch.setattr("os.listdir", refuse)  # as it does, but for root
+    with pytest.raises(SettingsError, match=r"checkpoints cannot be read \(Permission denied\)"):
+        saved.newest()
+
+
 def test_an_unreadable_manifest_is_told_apart_from_none(saved):
     manifest = saved.folder / "step_30" / MANIFEST
     manifest.unlink()
@@ -211,6 +232,11 @@ def test_a_rollout_that_was_ready_too_late_lies_beside_its_checkpoint(saved):
     saved.add_pending(20, full)
     assert saved.problems()[0].startswith("the rollout ahead of step 20 was not saved: No space left on device")
     assert find_pending(saved.folder / "step_20") == (saved.folder / "step_20", None)
+    link = saved.folder.parent / "latest"
+    link.symlink_to(saved.folder / "step_10")
+    saved.add_pending(10, lambda folder: (folder / "groups").write_text("x"))
+    assert find_pending(link) == (saved.folder / "step_10.pending", None)
+    shutil.rmtree(saved.folder / "step_10.pending")
     # That of a checkpoint which somebody has removed is not taken for another one's.
     saved.add_pending(30, lambda folder: (folder / "groups").write_text("of the first step 30"))
     shutil.rmtree(checkpoint)
@@ -430,6 +456,31 @@ def test_the_configuration_says_how_the_weights_are_stored(tmp_path, precision):
     Saving(settings, inputs, flush=lambda: None, note=print)._write_model_files(tmp_path / "hf")
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert (AutoConfig.from_pretrained(tmp_path / "hf").dtype, base.dtype) == (stored, torch.bfloat16)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_export_of_a_run_replaces_an_older_one_where_it_lies(tmp_path, linked):
+    def save_hf(folder):
+        (folder / "model.safetensors").write_bytes(b"new")
+        return {"w": "model.safetensors"}
+
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for folder in (run, disk / "exported"):
+        folder.mkdir(parents=True)
+    if linked:
+        (run / "hf").symlink_to(disk / "exported")
+    else:
+        (run / "hf").mkdir()
+    (run / "hf" / "old").touch()
+    (run / ".hf.unfinished").mkdir()  # the export command is at work there
+    inputs: Any = SimpleNamespace(
+        hf_config=AutoConfig.for_model("qwen3"), tokenizer=make_tokenizer(tmp_path), model_dir=tmp_path / "none"
+    )
+    saving = Saving(Settings(run=RunSettings(dir=str(run))), inputs, flush=lambda: None, note=print)
+    saving.export(cast(Any, SimpleNamespace(save_hf=save_hf)))
+    assert (run / "hf").is_symlink() == linked
+    assert (run / "hf" / "model.safetensors").read_bytes() == b"new" and not (run / "hf" / "old").exists()
+    assert sorted(path.name for path in (*run.iterdir(), *disk.iterdir())) == [".hf.unfinished", "exported", "hf"]
 
 
 def _text(text):

@@ -73,6 +73,19 @@ def test_resumed_run_has_the_metrics_of_an_uninterrupted_one(tmp_path: Path) -> 
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["metrics.jsonl"]
 
 
+def test_rows_are_kept_when_a_run_begins_again(tmp_path: Path) -> None:
+    """As after its checkpoints were lost: somebody may want to see what there was."""
+    assert MetricsLogger(tmp_path, ONLY_JSONL, "run", {}).set_aside() is None
+    for number in range(2):
+        logger = MetricsLogger(tmp_path, ONLY_JSONL, "run", {})
+        logger.log(1, {"a": float(number)})
+        assert logger.set_aside() == tmp_path / f"metrics.jsonl.replaced{number or ''}"
+        logger.log(1, {"a": 7.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 7.0}]
+        (tmp_path / "metrics.jsonl").unlink()
+    assert read_metrics(tmp_path / "metrics.jsonl.replaced1") == [{"step": 1, "a": 1.0}]
+
+
 def test_metrics_with_a_bad_line_in_the_middle_name_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')

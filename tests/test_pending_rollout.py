@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.rollouts import random_rollout
+from tic_megatron.checkpoints import SETTINGS_FILE
 from tic_megatron.config import RunSettings, Settings
 from tic_megatron.rewards import GradeReport
 from tic_megatron.rollout.engines import Rollout
@@ -36,12 +37,19 @@ def continued(tmp_path, *, steps_ahead):
     return source
 
 
-@pytest.mark.parametrize(("allowed", "used"), [([], True), (["trainer.prompts_per_step"], True), (["reward.function"], False)])
-def test_it_is_made_again_where_what_it_was_made_with_may_have_changed(tmp_path, allowed, used):
+@pytest.mark.parametrize(
+    ("allowed", "temperature", "used"),
+    [([], 1.0, True), (["trainer.prompts_per_step"], 1.0, True), (["reward.function"], 1.0, False), ([], 0.7, False)],
+)
+def test_it_is_made_again_where_what_it_was_made_with_may_have_changed(tmp_path, allowed, temperature, used):
+    """Allowed to this command, or to one before it, which has changed the folder's settings."""
     PendingRollout.of(5, Rollout(MADE, [], OUTCOME), GradeReport(graded=8)).write(tmp_path)
     restored, notes = [], []
     run = Run.__new__(Run)
     run.settings = Settings(run=RunSettings(allow_change=allowed))
+    changed = Settings(run=RunSettings(dir="elsewhere"))
+    changed.rollout.temperature = temperature
+    changed.save(tmp_path / SETTINGS_FILE)
     run.rollouts = SimpleNamespace(restore=restored.append)
     run.progress = SimpleNamespace(note=notes.append)
     run.saving = SimpleNamespace(has_pending=False)

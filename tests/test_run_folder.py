@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -40,6 +41,18 @@ def test_files_of_the_users_may_move(workspace):
         check_run_folder(settings)
 
 
+@pytest.mark.parametrize("name", ["logs", "checkpoints", "hf", "metrics.jsonl"])
+def test_what_belongs_to_somebody_else_is_refused(workspace, monkeypatch, name):
+    """As when a container has run as root: no save would succeed, or the export at the very end would not."""
+    make_run(workspace)
+    (workspace.root / "run" / "hf").mkdir()
+    settings, ask = settings_of(*workspace.base[1:]).resolve(), os.access
+    check_run_folder(settings)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name and ask(path, mode))
+    with pytest.raises(SettingsError, match=rf"run\.dir: .*run/{name} is not yours to use"):
+        check_run_folder(settings)
+
+
 def test_changes_are_recorded_in_another_folder_too(workspace):
     make_run(workspace)
     flags = ["--run.dir=other", f"--run.resume={STEP_2}", "--actor.learning_rate=0.1"]
@@ -52,11 +65,19 @@ def test_changes_are_recorded_in_another_folder_too(workspace):
 
 def test_a_restart_goes_on_from_the_runs_own_checkpoint_once_there_is_one(workspace):
     """And not from the one that `run.resume` names, which may be gone by then."""
-    gone = workspace.root / "gone" / "step_1"
-    inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=gone, step=1, damaged=[])
-    settings = settings_of(*workspace.base[1:], f"--run.resume={gone}").resolve()
+    moved_reward(workspace)
+    there = (workspace.root / "run").rename(workspace.root / "there")
+    inputs = TrainInputs(workspace.model, None, None, [], [], [], [], checkpoint=there / "checkpoints/step_1", step=1, damaged=[])
+    settings = settings_of(*workspace.base[1:], *MOVED_REWARD, f"--run.resume={inputs.checkpoint}").resolve()
     assert _continue(inputs, settings) == inputs
-    make_run(workspace)
+    reward = workspace.root / "b" / "r.py"
+    before = reward.read_text()
+    reward.write_text("def f(response): return 2.0\n")
+    with pytest.raises(SettingsError, match=r"reward\.function: .*r\.py:f has changed since .*there/checkpoints/step_1"):
+        _continue(inputs, settings)
+    reward.write_text(before)
+    moved_reward(workspace)
+    shutil.rmtree(there)
     goes_on = _continue(inputs, settings)
     assert (goes_on.checkpoint, goes_on.step) == (workspace.root / STEP_2, 2)
 

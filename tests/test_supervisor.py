@@ -34,7 +34,7 @@ class Launch:
                 os.rename(name + ".new", name)
 
             def last_step():
-                return int(Path("step").read_text()) if Path("step").exists() else 0
+                return int(Path("step").read_text()) if os.path.lexists("step") else 0
 
             def drive(attempt):
             {body}
@@ -101,6 +101,13 @@ def test_restarts_are_bounded_where_the_run_gets_no_further(tmp_path):
         "restart 2 of 2",
     ]
     assert lines[-1] == "error: given up after 2 restarts at step 4 (run.max_restarts)"
+
+
+def test_the_watcher_outlives_the_disk(tmp_path):
+    """A driver that fails of it is started again, also where its metrics cannot be read meanwhile, or make no sense."""
+    body = "if attempt == 2:\n    return 0\nos.unlink('step') if attempt else os.symlink('nowhere', 'step')\n"
+    code, lines = Launch(tmp_path, f"{body}write('step', 'x') if attempt else None\nreturn RESTART").end()
+    assert (code, lines) == (0, [f"restart {number} of 2, step 0 was the last" for number in (1, 2)])
 
 
 def test_a_run_that_goes_back_gets_further_than_where_it_began(tmp_path):

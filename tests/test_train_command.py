@@ -511,7 +511,7 @@ def test_accuracies_are_compared_with_those_of_the_same_kind(tmp_path, changes, 
     settings = Settings()
     settings.data.eval = "/there/held.jsonl"
     checkpoints = Checkpoints(tmp_path, keep=1)
-    state = RunState(step=3, accuracy_before=0.25, accuracy=0.5, benchmarks_before={"aime24": 0.125})
+    state = RunState(3, None, None, 0.25, 0.5, {"aime24": 0.125}, {"aime24": 0.75})
     checkpoints.save(state, lambda folder: lambda: True, lambda folder: settings.save(folder / "config.yaml"))
     assert checkpoints.finish() is None
     for key, value in changes.items():
@@ -519,7 +519,7 @@ def test_accuracies_are_compared_with_those_of_the_same_kind(tmp_path, changes, 
         setattr(getattr(settings, section), name, value)
     found = begin_state(tmp_path / "checkpoints" / "step_3", settings)
     assert (found.accuracy_before, found.benchmarks_before) == ((0.25, {"aime24": 0.125}) if kept else (None, {}))
-    assert (found.step, found.accuracy) == (3, 0.5)
+    assert (found.step, found.accuracy, found.benchmarks) == ((3, 0.5, {"aime24": 0.75}) if kept else (3, None, {}))
 
 
 def test_a_restart_goes_on_from_the_checkpoint_that_was_named(workspace, forked_trainer):

@@ -253,8 +253,10 @@ def test_a_disk_that_fails_stops_the_run_only_at_its_end(tmp_path):
         write_rollout(rollout_path(tmp_path / "saved", step), step, groups)
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
-    for name in ("checkpoints", "rollouts"):
-        (run / name).symlink_to(tmp_path / "nowhere")
+    for step in (1, 2):
+        (run / "checkpoints").mkdir(exist_ok=True)
+        (run / "checkpoints" / f".step_{step}.unfinished").write_text("no folder can be made here")
+        rollout_path(run, step).mkdir(parents=True)
     (run / "logs" / "memory.jsonl").symlink_to("/dev/full")
     arguments = [
         *(f"--model.path={model}", f"--data.train={tmp_path / 'train.jsonl'}", f"--run.dir={run}"),
@@ -264,10 +266,10 @@ def test_a_disk_that_fails_stops_the_run_only_at_its_end(tmp_path):
     ]
     result = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert result.returncode == 1, result.stderr
-    line = f"File exists: {run}/checkpoints"
-    assert f"the checkpoint of step 1 was not saved: {line}" in " ".join(result.stdout.split())
-    assert f"error: the run failed: the checkpoint of step 2 was not saved: {line}" in result.stderr
-    assert f"warning: the rollout of step 1 is not kept: File exists: {run}/rollouts" in " ".join(result.stdout.split())
+    line = f"was not saved: Not a directory: {run}/checkpoints/.step_"
+    assert f"the checkpoint of step 1 {line}1" in " ".join(result.stdout.split())
+    assert f"error: the run failed: the checkpoint of step 2 {line}2" in result.stderr
+    assert f"warning: the rollout of step 1 is not kept: Is a directory: {run}/rollouts" in " ".join(result.stdout.split())
     assert [row["checkpoint/failed"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1]
     assert (run / "hf" / "config.json").exists() and (run / "summary.json").exists()
 

@@ -219,8 +219,17 @@ class Checkpoints:
         return None, []
 
     def _all(self) -> list[Path]:
-        """By step; also those that lack a file."""
-        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+        """By step; also those that lack a file. SettingsError for a folder that cannot be read: it may hold checkpoints."""
+        if not os.path.lexists(self.folder):
+            return []
+        try:
+            names = os.listdir(self.folder)
+        except OSError as error:
+            raise SettingsError(
+                f"run.dir: {self.folder} cannot be read ({error.strerror}) and may hold checkpoints; restore it, or give another "
+                "--run.dir"
+            ) from error
+        found = [self.folder / name for name in names if name.startswith("step_") and name.removeprefix("step_").isdigit()]
         return sorted(found, key=_step_of)
 
 
@@ -285,9 +294,11 @@ def _pending_of(checkpoint: Path) -> Path:
 
 
 def find_pending(checkpoint: Path) -> tuple[Path | None, str | None]:
-    """Where the rollout that was made ahead of a checkpoint would be, in it or beside it; and why one beside it is not used."""
-    beside = _pending_of(checkpoint)
-    if not beside.is_dir():
+    """Where the rollout that was made ahead of a checkpoint would be, in it or beside it (or what it is a link to); and why one
+    beside it is not used."""
+    places = (_pending_of(checkpoint), _pending_of(checkpoint.resolve()))
+    beside = next((place for place in places if place.is_dir()), None)
+    if beside is None:
         return checkpoint, None
     problem = find_damage(beside)
     return (None, problem) if problem else (beside, None)

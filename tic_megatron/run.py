@@ -16,7 +16,7 @@ from tic_megatron.actors.group import ActorGroup
 from tic_megatron.checkpoints import RunState, find_pending
 from tic_megatron.cluster import Cluster, start_cluster
 from tic_megatron.commands.preflight import TrainInputs
-from tic_megatron.commands.run_folder import begin_state
+from tic_megatron.commands.run_folder import begin_state, changed_settings
 from tic_megatron.config import Settings
 from tic_megatron.data.packing import has_equal_rewards
 from tic_megatron.data.prompts import PromptCursor
@@ -90,6 +90,9 @@ class Run:
         )
         self.saving = Saving(settings, self.inputs, flush=self.logger.flush, note=self.progress.note)
         self.saving.continue_from(checkpoint)  # before the rows of later checkpoints are dropped
+        begun_again = self.logger.set_aside() if checkpoint is None else None
+        if begun_again:
+            self.progress.note(f"warning: without a checkpoint, the run begins again; its metrics so far are in {begun_again}")
         for step, row in self.logger.truncate_after(self.state.step - (self.state.unrecorded is not None)):
             self.health.check(step, row)
         unmark(self.dir)
@@ -122,10 +125,14 @@ class Run:
         if problem:
             self.progress.note(f"warning: {problem}; the rollout that was made ahead is made again")
         pending = PendingRollout.read(folder) if folder else None
-        changed = [name for name in self.settings.run.allow_change if name.startswith(("data.", "model.", "reward.", "rollout."))]
-        if pending is not None and changed:
+        if pending is None:
+            return
+        # What is allowed may be a file of another content; what differs may have been allowed to a command before this one.
+        may_have_changed = {*self.settings.run.allow_change, *changed_settings(checkpoint, self.settings)}
+        changed = sorted(name for name in may_have_changed if name.startswith(("data.", "model.", "reward.", "rollout.")))
+        if changed:
             self.progress.note(f"the rollout that was made ahead is made again, since {', '.join(changed)} may have changed")
-        elif pending is not None:
+        else:
             self.rollouts.restore(pending)
             self.saving.has_pending = True
 

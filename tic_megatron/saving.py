@@ -95,8 +95,10 @@ class Saving:
             raise error if isinstance(error, WorkerError) else CheckpointError(problem)
 
     def export(self, actors: ActorGroup) -> None:
-        """`hf/`: safetensors with an index, configuration and tokenizer, loadable with plain transformers."""
-        target, unfinished = self._dir / "hf", self._dir / ".hf.unfinished"
+        """`hf/`, or what it is a link to: safetensors with an index, configuration and tokenizer, loadable with plain
+        transformers."""
+        target = (self._dir / "hf").resolve()
+        unfinished = target.with_name(f".{target.name}.exporting")  # the export command's is .hf.unfinished
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:

@@ -63,7 +63,10 @@ def supervise(
                 return code
             if driver.told:
                 return leave(driver.told)
-            step = last_step()
+            try:
+                step = last_step()
+            except (OSError, ValueError):  # the disk that the driver may have failed of
+                step = reached
             restarts = 1 if step > reached else restarts + 1
             reached = max(step, reached)
             died = died and f"the driver {died}; "

@@ -246,8 +246,26 @@ def checkpoints() -> list[Case]:
         make_run(workspace)
         workspace.edit_config(rms_norm_eps=0.01)
 
+    def absent(name: str) -> Spoil:
+        """As when the disk that it lies on is not mounted."""
+
+        def spoil(workspace) -> None:
+            make_run(workspace)
+            place = workspace.root / RUN / name
+            if place.exists():
+                shutil.move(place, workspace.root / "elsewhere")
+            place.symlink_to(workspace.root / "scratch" / name)
+
+        return spoil
+
     return [
         *cases,
+        *(
+            Case(
+                f"{name} on a disk that is absent", ("run.dir", f"run/{name} is a link to", f"scratch/{name}"), spoil=absent(name)
+            )
+            for name in ("checkpoints", "hf", "logs", "metrics.jsonl")
+        ),
         Case(
             "a reward that was moved and changed",
             ("reward.function", "r.py:f has changed since"),

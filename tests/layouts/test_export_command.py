@@ -74,7 +74,7 @@ def test_the_export_of_a_checkpoint_is_that_of_the_run(prover, rank_pool, tmp_pa
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_bad_input_is_refused_and_good_input_done_by_the_command(prover, rank_pool, tmp_path, capsys):
+def test_bad_input_is_refused_and_good_input_done_by_the_command(prover, rank_pool, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     checkpoint = save_run(prover, rank_pool, run, "untied", Layout(), "fp32")
     out = tmp_path / "out"
@@ -88,6 +88,9 @@ def test_bad_input_is_refused_and_good_input_done_by_the_command(prover, rank_po
     (tmp_path / "file").touch()
     assert "since" in refusal(capsys, ["export", str(run), str(tmp_path / "file" / "out")])
     assert "cannot be written" in refusal(capsys, ["export", str(run), "/proc/out"])
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: Path(path) == out)  # a volume of a container's
+        assert "a file system is mounted" in refusal(capsys, ["export", str(run), str(out)])
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert "holds no checkpoint" in refusal(capsys, ["export", str(tmp_path / "empty"), str(out)])
 

@@ -38,7 +38,7 @@ def run(source: str, out: str) -> int:
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(checkpoint / MODEL_FOLDER, unfinished)
+        _copy_files(checkpoint / MODEL_FOLDER, unfinished)
         with _quiet_libraries():
             n_tensors = _write_weights(checkpoint / "actors", unfinished, precision)
         if target.exists():
@@ -92,6 +92,8 @@ def _check_target(out: Path) -> Path:
         raise SettingsError(f"export: {out} lies in the checkpoint {inside}, which would be damaged by it; give another folder")
     if target.parent.name == "checkpoints" and target.name.startswith("step_"):
         raise SettingsError(f"export: {out} would be taken for a checkpoint of the run; give another folder")
+    if os.path.ismount(target):
+        raise SettingsError(f"export: {out} is where a file system is mounted, and cannot be put in place; give a folder in it")
     existing = next(path for path in target.parents if path.exists())
     if not existing.is_dir():
         raise SettingsError(f"export: {out} cannot be a folder, since {existing} is a file; give another one")
@@ -104,6 +106,14 @@ def _check_target(out: Path) -> Path:
     except OSError as error:
         raise SettingsError(f"export: {out} cannot be written ({disk_problem(error, target)})") from error
     return target
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Contents only: a checkpoint may be read-only."""
+    target.mkdir()
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        place.mkdir() if path.is_dir() else shutil.copyfile(path, place)
 
 
 def _precision(checkpoint: Path) -> Literal["fp32", "bf16", "fp16"]:

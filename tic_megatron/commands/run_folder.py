@@ -155,6 +155,7 @@ def begin_state(checkpoint: Path | None, settings: Settings) -> RunState:
     state.programs = digest_programs(settings)
     if checkpoint and (checkpoint / SETTINGS_FILE).exists() and _measures_otherwise(_all_changes(checkpoint, settings)):
         state.accuracy_before, state.benchmarks_before = None, {}
+        state.accuracy, state.benchmarks = None, {}
     return state
 
 
@@ -304,3 +305,17 @@ def _check_writable(folder: Path) -> None:
         for path in (folder / name for name in names):
             if path.exists() and not is_kind(path):
                 raise SettingsError(f"run.dir: {path} is not {kind}, as the run needs it; remove it, or give another --run.dir")
+            if path.is_symlink() and not path.exists():
+                target = os.readlink(path)
+                raise SettingsError(
+                    f"run.dir: {path} is a link to {target}, which is not there; restore that, or give another --run.dir"
+                )
+            if path.exists() and not os.access(path, _needed(path)):
+                raise SettingsError(f"run.dir: {path} is not yours to use; change its owner, or give another --run.dir")
+
+
+def _needed(path: Path) -> int:
+    """The permissions that the run needs. Most of its files are replaced, and not written."""
+    if path.is_dir():
+        return os.R_OK | os.W_OK | os.X_OK
+    return os.R_OK | (os.W_OK if path.name in (METRICS_FILE, CHANGES_FILE) else 0)

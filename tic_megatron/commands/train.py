@@ -113,8 +113,10 @@ def _drive(settings: Settings, inputs: TrainInputs, attempt: int) -> int:
 
 
 def _continue(inputs: TrainInputs, settings: Settings) -> TrainInputs:
-    """Those of a restart: it goes on from the run's own last checkpoint, once there is one. Others have been moved aside."""
-    checkpoint, damaged = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).newest()
+    """Those of a restart: it goes on from the run's own last checkpoint, once there is one, and until then from where it began.
+    Checkpoints of another course have been moved aside."""
+    own, damaged = Checkpoints(Path(settings.run.dir), settings.trainer.keep_checkpoints).newest()
+    checkpoint = own or inputs.checkpoint
     if checkpoint is None:
         return inputs
     state = load_state(checkpoint)
@@ -161,8 +163,9 @@ def _unwritable(folder: Path, error: OSError) -> SettingsError:
 
 def _forget_untrained(folder: Path) -> None:
     """Keep the settings of a run that never finished a step out of the way of the next attempt in the same folder."""
-    if not has_trained(folder):
-        (folder / "config.yaml").rename(folder / "logs" / "config.yaml")
+    with suppress(OSError):
+        if not has_trained(folder):
+            (folder / "config.yaml").rename(folder / "logs" / "config.yaml")
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -7,6 +7,7 @@ checkpoint does not know and writes them anew, so it ends with the same file as 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -109,6 +110,14 @@ class MetricsLogger:
                     if isinstance(error, OSError):
                         error.filename = error.filename or str(self._path)
                     raise
+
+    def set_aside(self) -> Path | None:
+        """Move the rows that are there away, as the run begins again; where to, None if there are none."""
+        if not self._path.exists() or not self._path.stat().st_size:
+            return None
+        names = (f"{METRICS_FILE}.replaced{number or ''}" for number in itertools.count())
+        place = next(place for name in names if not (place := self._path.with_name(name)).exists())
+        return self._path.rename(place)
 
     def truncate_after(self, step: int) -> list[tuple[int, dict[str, float]]]:
         """Forget the rows of later steps, as the run continues after this one; those that are left, as they were logged."""
