@@ -209,11 +209,11 @@ def send_one_by_one(actors: Any, listener: Listener) -> None:
 class TwoWayActor(ActorWorker):
     """A rank that can also send every tensor in a bucket of its own."""
 
-    def setup(self, *args: Any) -> int:
+    def setup(self, *args: Any) -> tuple[int, str | None]:
         """With two exporters."""
         from tic_megatron.actors.megatron.export import WeightExporter
 
-        shard, usual = super().setup(*args), self.exporter
+        ready, usual = super().setup(*args), self.exporter
         single = WeightExporter(usual.weights, usual.layout, usual.dtype, usual.device, 2**20, usual.transport)
         single.use_plan(
             [
@@ -223,7 +223,7 @@ class TwoWayActor(ActorWorker):
             ]
         )
         self.exporters = {"buckets": usual, "tensors": single}
-        return shard
+        return ready
 
     def send_by(self, what: str) -> None:
         """From now on."""

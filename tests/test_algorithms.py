@@ -135,6 +135,18 @@ def test_metrics():
     assert ratio_metrics(torch.zeros(0), torch.zeros(0)) == {}
 
 
+def test_of_a_token_ratio_the_share_of_the_tokens_is_capped():
+    """One of 200 tokens beyond the clip costs a response one 200th of its gradient, not all of it."""
+    delta = torch.zeros(2, 200)
+    delta[0, 17], delta[1, :50] = 1.0, -1.0  # A > 0 is capped above, A < 0 below
+    old = torch.full((2, 200), -1.0)
+    given = {"mask": torch.ones(2, 200), "advantages": torch.tensor([1.0, -1.0]), "max_response_tokens": 200}
+    _, metrics = policy_objective("dapo", old + delta, old, **given)
+    assert metrics["capped_fraction"] == pytest.approx((1 / 200 + 50 / 200) / 2)
+    _, metrics = policy_objective("grpo2", old + delta, old, **given)
+    assert metrics["capped_fraction"] == pytest.approx(1 / 400)
+
+
 # --- the packed path
 
 

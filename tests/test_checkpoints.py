@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from tests.models import make_tokenizer
 from tic_megatron.actors.group import ActorGroup
+from tic_megatron.actors.megatron.checkpoint import _tensors
 from tic_megatron.actors.megatron.metadata import check_common, check_metadata
 from tic_megatron.checkpoints import MANIFEST, CheckpointError, Checkpoints, RunState, find_damage, find_pending, load_state
 from tic_megatron.cli import main
@@ -481,6 +482,14 @@ def test_the_export_of_a_run_replaces_an_older_one_where_it_lies(tmp_path, linke
     assert (run / "hf").is_symlink() == linked
     assert (run / "hf" / "model.safetensors").read_bytes() == b"new" and not (run / "hf" / "old").exists()
     assert sorted(path.name for path in (*run.iterdir(), *disk.iterdir())) == [".hf.unfinished", "exported", "hf"]
+
+
+def test_only_tensors_of_the_model_are_saved():
+    """Transformer Engine's layers keep objects besides, which nobody could read again: one each, or one for each expert."""
+    names = ["linear_qkv.weight", "mlp.experts.linear_fc1.weight0", "mlp.experts.linear_fc1.weight15"]
+    objects = ["linear_qkv._extra_state", *(f"mlp.experts.linear_fc1._extra_state{number or ''}" for number in range(16))]
+    model: Any = SimpleNamespace(sharded_state_dict=lambda: dict.fromkeys([*names, *objects]))
+    assert list(_tensors(model)) == names
 
 
 def _text(text):

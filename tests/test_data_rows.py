@@ -54,6 +54,17 @@ def test_the_two_published_forms_of_dapo_give_the_same_problems(tmp_path):
     assert [(p.messages, p.answer) for p in first] == [(p.messages, p.answer) for p in second]
 
 
+def test_a_long_field_is_one_in_every_format(tmp_path):
+    """The tests of a program, which Python's CSV refuses by default."""
+    rows = [{"problem": "x", "answer": "7" * 200_000}]
+    for path in (
+        write_csv(tmp_path / "r.csv", rows),
+        write_csv(tmp_path / "r.tsv", rows),
+        write_jsonl(tmp_path / "r.jsonl", rows),
+    ):
+        assert [problem.answer for problem in read_problems(path, DataSettings())] == ["7" * 200_000]
+
+
 def test_places_and_default_ids(tmp_path):
     rows = [{"problem": "two\nlines", "answer": 1}, {"problem": "x", "answer": 2}]
     assert [r.where for r in read_rows(write_csv(tmp_path / "r.csv", rows))] == [f"{tmp_path}/r.csv:2", f"{tmp_path}/r.csv:4"]

@@ -64,6 +64,11 @@ def test_each_sign_is_found_once_and_again_later(name):
     )
 
 
+def test_a_policy_that_has_moved_since_it_sampled_is_no_mismatch():
+    ahead = HEALTHY | SIGNS["generator-trainer mismatch"] | {"rollout/staleness_max": 1.0}
+    assert warnings_of([ahead] * 60) == []
+
+
 def test_a_sure_policy_that_is_right_is_no_collapse():
     assert warnings_of([HEALTHY] * WINDOW + [HEALTHY | {"policy/entropy": 0.01, "reward/mean": 0.97}] * 30) == []
 

@@ -23,7 +23,7 @@ from tic_megatron.config import LoggingSettings, SettingsError
 from tic_megatron.observability.files import atomic_writer
 from tic_megatron.observability.memory import MemoryLog
 from tic_megatron.observability.metrics import MetricsLogger, check_logging, read_metrics
-from tic_megatron.observability.plots import plot_curves
+from tic_megatron.observability.plots import _reward, plot_curves
 from tic_megatron.observability.progress import ProgressDisplay, format_duration, sparkline
 from tic_megatron.observability.rollouts import find_rollout, read_replay, read_rollout, rollout_path, write_rollout
 from tic_megatron.observability.summary import write_summary
@@ -307,6 +307,16 @@ def test_curves(tmp_path: Path, steps: int) -> None:
             panel = saturation[row * height // 2 : (row + 1) * height // 2, column * width // 3 : (column + 1) * width // 3]
             drawn = (panel > 0.3).sum()
             assert drawn > 8 or (steps < 10 and (row, column) == (0, 1)), (row, column, drawn)
+
+
+@pytest.mark.parametrize(("reward", "shown"), [(-0.9, True), (0.4, False)])
+def test_negative_rewards_are_on_the_page(reward: float, shown: bool) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    _reward(axes, [{"step": step, "reward/mean": reward, "reward/zero_advantage_fraction": 0.1} for step in range(1, 30)])
+    bottom, top = axes.get_ylim()
+    assert bottom <= reward <= top and (bottom == 0) == (not shown)
 
 
 def test_curves_show_the_accuracy_before_training(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.models import make_tokenizer
 from tic_megatron.config import DataSettings, SettingsError
 from tic_megatron.data.prompts import PromptCursor, load_prompts, read_problems
+from tic_megatron.rewards import grade_math
 from tic_megatron.trajectory import Prompt
 
 GOOD = b'{"problem": "1+1=", "answer": "2"}'
@@ -32,7 +33,7 @@ def test_tokens_are_those_of_the_chat_template(tmp_path, tokenizer):
         tmp_path / "p.jsonl", {"problem": "What is 12 + 34? é 漢", "answer": 46, "id": 7}, {"problem": "x", "answer": 3.0}
     )
     prompts = load_prompts(path, tokenizer, DataSettings(system_prompt="Be brief."))
-    assert [(p.id, p.text, p.answer) for p in prompts] == [("7", "What is 12 + 34? é 漢", "46"), ("p:2", "x", "3.0")]
+    assert [(p.id, p.text, p.answer) for p in prompts] == [("7", "What is 12 + 34? é 漢", "46"), ("p:2", "x", "3")]
     for prompt in prompts:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt.text}]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -106,6 +107,25 @@ def test_a_long_integer_is_an_answer(tmp_path, tokenizer):
     """More than a float can be; JSON's own limit is 4300 digits."""
     (tmp_path / "p.jsonl").write_text('{"problem": "x", "answer": ' + "7" * 4000 + "}\n")
     assert load_prompts(tmp_path / "p.jsonl", tokenizer, DataSettings())[0].answer == "7" * 4000
+
+
+@pytest.mark.parametrize(
+    ("given", "answer", "response"),
+    [
+        ("0.00001", "0.00001", "0.00001"),
+        ("1.2e-5", "0.000012", r"1.2 \times 10^{-5}"),
+        ("1e22", "10000000000000000000000", "10^{22}"),
+        ("204.0", "204", "204"),
+        ("-0.5", "-0.5", r"-\frac{1}{2}"),
+        ("7", "7", "7"),
+        ('"1e-05 or so"', "1e-05 or so", None),
+    ],
+)
+def test_numbers_are_answers_as_graders_read_them(tmp_path, tokenizer, given, answer, response):
+    (tmp_path / "p.jsonl").write_text(f'{{"problem": "x", "answer": {given}}}\n')
+    (prompt,) = load_prompts(tmp_path / "p.jsonl", tokenizer, DataSettings())
+    assert prompt.answer == answer
+    assert response is None or grade_math(f"\\boxed{{{response}}}", prompt.answer) == 1.0
 
 
 def test_chat_template_error_names_the_row(tmp_path, tokenizer):

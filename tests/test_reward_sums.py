@@ -75,6 +75,24 @@ def test_files_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.
     assert settings.resolve().reward.function == settings.reward.function
 
 
+def test_terms_of_like_names_are_all_graded(tmp_path: Path) -> None:
+    """Also where one is called as another would be for being the second of its name."""
+    for name, functions in {
+        "a": {"judge": 0.25, "judge_2": 0.5, "overlong": 4.0},
+        "b": {"judge": 8.0, "overlong_2": 16.0},
+    }.items():
+        lines = [f"def {function}(response):\n    return {value}\n" for function, value in functions.items()]
+        (tmp_path / f"{name}.py").write_text("".join(lines))
+    places = ("a.py:judge", "b.py:judge", "a.py:judge_2", "a.py:overlong", "b.py:overlong_2")
+    settings = RewardSettings(function=" + ".join(f"{tmp_path}/{place}" for place in places))
+    names = [term.name for term in read_terms(settings)]
+    assert names == ["judge", "judge_2", "judge_2_2", "overlong_2", "overlong_2_2"]
+    with RewardWorkers(settings) as workers:
+        group = group_of(0, "", ["x"])
+        assert workers.grade_groups([group]).faults == []
+    assert group.trajectories[0].reward == 28.75
+
+
 def test_a_sum_is_the_weighted_sum(style: Path, tmp_path: Path) -> None:
     """Against its terms alone; a term may be there twice, and a weight of 0 only measures."""
     function = f"2*math + -0.5*exact + 0.25*{style}:concise + 0*{style}:length + exact"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tic_megatron.actors.step import PolicyStep
 from tic_megatron.config import Settings
 from tic_megatron.data.packing import Packing, pack_rollout
 from tic_megatron.trainer import penalize_rewards, set_advantages
+from tic_megatron.trajectory import MicroBatch
 
 
 class GivenLogprobs:
@@ -81,6 +83,16 @@ def test_good_trajectories_are_not_named():
     step.old_logprobs(check_noise=False)
     stats = step.update(0)
     assert stats.bad_prompts == [] and stats.result.applied and stats.log_ratio
+
+
+def test_where_nothing_is_compared_there_is_no_noise():
+    """The first mini-batch has lost all its groups: they teach nothing."""
+    step, _ = make_step()
+    shards = pack_rollout(random_rollout(seed=0, n_prompts=4, group_size=3, vocab=50), 2, Packing(1, 120))
+    shards[0][0] = replace(shards[0][0], micro_batches=[MicroBatch()])
+    step.load(shards[0])
+    step.old_logprobs(check_noise=True)
+    assert step.update(0).noise is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

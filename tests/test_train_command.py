@@ -22,6 +22,7 @@ from tests.workspace import make_workspace, refusal, settings_of, write_rows
 from tic_megatron.checkpoints import CheckpointError, Checkpoints, RunState
 from tic_megatron.cli import main
 from tic_megatron.commands.engine_layout import check_engine_devices, check_engine_memory, core_warnings
+from tic_megatron.commands.machine import cpu_warnings
 from tic_megatron.commands.model_files import count_parameters
 from tic_megatron.commands.preflight import preflight
 from tic_megatron.commands.run_folder import begin_state
@@ -276,6 +277,13 @@ def test_engines_apart_need_gpus_besides_the_actors():
         check_engine_devices(settings, gpus=5)
     settings.cluster.address = "10.0.0.1:6379"  # whose nodes are not known yet
     check_engine_devices(settings, gpus=0)
+
+
+def test_a_cluster_whose_gpus_are_not_used_is_remarked():
+    settings = settings_of("--cluster.device=cpu", "--cluster.address=10.0.0.1:6379")
+    assert "GPUs that the cluster's nodes may have are not used; give cluster.device cuda" in cpu_warnings(settings)[0]
+    settings.cluster.device = "cuda"
+    assert cpu_warnings(settings) == []
 
 
 def test_engines_without_memory_for_the_model_and_a_text_are_refused():

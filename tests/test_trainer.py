@@ -347,6 +347,8 @@ def test_the_kl_to_the_reference_is_a_dense_reward_too(tmp_path):
     paths = [make_tiny_qwen3(tmp_path / name, seed=seed, tie_word_embeddings=True) for seed, name in enumerate(("model", "ref"))]
     write_rows(tmp_path / "train.jsonl", [{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(4)])
     groups = random_rollout(seed=5, n_prompts=4, group_size=3, vocab=300, dense=True)
+    for t in groups[0].trajectories:  # nothing to learn from but the KL, which is no reward
+        t.reward, t.token_rewards = 0.0, [0.0] * len(t.token_rewards or [])
     write_rollout(tmp_path / "saved.jsonl", 1, groups)
     train(
         f"--model.path={paths[0]}",
@@ -359,6 +361,7 @@ def test_the_kl_to_the_reference_is_a_dense_reward_too(tmp_path):
         *("--rollout.group_size=3", "--rollout.max_prompt_tokens=64", "--rollout.max_response_tokens=40"),
         *("--actor.learning_rate=1e-3", "--actor.max_tokens_per_microbatch=256", "--cluster.device=cpu"),
     )
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["reward/zero_advantage_fraction"] == 0.25
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths]
     trained = read_rollout(rollout_path(tmp_path / "run", 1))
     for group, before in zip(trained, groups, strict=True):

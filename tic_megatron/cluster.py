@@ -56,6 +56,8 @@ class Cluster:
         """Ray options of one training process."""
         on_gpu = self.device == "cuda"
         environment = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not on_gpu:
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}  # on a machine with GPUs, which a rank would take otherwise
         if on_gpu:
             # Megatron's overlap wants one hardware queue, set before CUDA starts, and in training processes only.
             environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

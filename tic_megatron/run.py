@@ -110,7 +110,8 @@ class Run:
         self._stack.callback(self.actors.stop)
         self._stack.push(self.saving.end)
         self.rollouts = self._start_rollouts(cluster)
-        self.actors.setup(str(self.inputs.model_dir))
+        for remark in self.actors.setup(str(self.inputs.model_dir)):
+            self.progress.note(f"warning: {remark}")
         if checkpoint:
             self.actors.load_checkpoint(checkpoint / "actors")
             self._restore_pending(checkpoint)

@@ -56,6 +56,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.look_ahead(step)
             dropped = run.drop_bad(groups)
             set_advantages(groups, settings.algorithm)
+            made = rollout_metrics(sampled, step) | refilled
         with timed("old_logprob"):
             run.progress.phase("train")
             run.to_training()
@@ -78,7 +79,7 @@ def train_step(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             run.log_memory(step, "weight_sync")
     n_tokens = sum(len(t.tokens) for group in sampled for t in group.trajectories)
     speed = {"throughput/tokens_per_s": n_tokens / timed.seconds("step")}
-    made = rollout_metrics(sampled, step) | run.rollouts.metrics() | refilled
+    made |= run.rollouts.metrics()
     grading = report.metrics() | punished
     return groups, made | grading | dropped | metrics | timed.metrics() | speed | run.actors.usage(timed)
 

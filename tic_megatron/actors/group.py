@@ -88,13 +88,13 @@ class ActorGroup:
             )
         return options
 
-    def setup(self, model_path: str) -> None:
-        """Load the model. Engines that share the GPUs must have started, and sleep."""
+    def setup(self, model_path: str) -> list[str]:
+        """Load the model; remarks for the user. Engines that share the GPUs must have started, and sleep."""
         size = len(self.pool.workers)
         address = self.pool.call_each("open_store", [()])[0]
-        self.data_parallel_ranks: list[int] = self.pool.call_each(
-            "setup", [(rank, size, address, model_path) for rank in range(size)]
-        )
+        ready = self.pool.call_each("setup", [(rank, size, address, model_path) for rank in range(size)])
+        self.data_parallel_ranks: list[int] = [data_parallel_rank for data_parallel_rank, _ in ready]
+        return sorted({remark for _, remark in ready if remark})
 
     def load_rollout(self, shards: list[list[MiniBatch]], step: int) -> None:
         """Give every rank its data-parallel share of a step's packed rollout: [data-parallel rank][mini-batch]."""

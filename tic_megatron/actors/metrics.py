@@ -83,7 +83,7 @@ def skipped_updates(updates: Sequence[Sequence[UpdateStats | None]]) -> list[Ski
 def _ratio_metrics(ranks: list[UpdateStats]) -> dict[str, float]:
     """The trajectory ratios of one update: moments, quantiles, and what clip and underflow took, by sign of the advantage."""
     log_ratio = torch.tensor([x for s in ranks for x in s.log_ratio], dtype=torch.float64)
-    capped = torch.tensor([c for s in ranks for c in s.capped], dtype=torch.bool)
+    capped = torch.tensor([c for s in ranks for c in s.capped], dtype=torch.float64)
     advantages = torch.tensor([a for s in ranks for a in s.advantages], dtype=torch.float64)
     metrics = {_RATIO_NAMES[name]: value for name, value in ratio_metrics(log_ratio, capped).items()}
     if log_ratio.numel() == 0:
@@ -95,7 +95,7 @@ def _ratio_metrics(ranks: list[UpdateStats]) -> dict[str, float]:
     underflow = torch.exp(log_ratio.float()) == 0
     for sign, chosen in (("positive", advantages > 0), ("negative", advantages < 0)):
         if chosen.any():
-            metrics[f"policy/ratio_capped_fraction_{sign}"] = capped[chosen].double().mean().item()
+            metrics[f"policy/ratio_capped_fraction_{sign}"] = capped[chosen].mean().item()
             metrics[f"policy/ratio_underflow_fraction_{sign}"] = underflow[chosen].double().mean().item()
     return metrics
 

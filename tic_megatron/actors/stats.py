@@ -23,7 +23,7 @@ class UpdateResult:
 class UpdateStats:
     """One update on one data-parallel shard.
 
-    `value`: the objective's value; `log_ratio`, `capped`, `advantages`: L_i, whether the clip was active, and A_i, of each
+    `value`: the objective's value; `log_ratio`, `capped`, `advantages`: L_i, the share that the clip removed, and A_i, of each
     trajectory that was trained on; `entropy_sum`, `kl_sum` (None without a reference), `n_tokens`: over their response
     tokens; `noise`: max |L| between the forward-only pass and the training forward, both at theta_old, where measured;
     `bad_prompts`: prompt id of each trajectory with a log-prob that is not finite, whose micro-batch has no part in the others.
@@ -34,7 +34,7 @@ class UpdateStats:
     kl_sum: float | None = None
     n_tokens: int = 0
     log_ratio: list[float] = field(default_factory=list)
-    capped: list[bool] = field(default_factory=list)
+    capped: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     noise: float | None = None
     bad_prompts: list[str] = field(default_factory=list)

@@ -336,8 +336,9 @@ class PolicyStep:
         """Compare the first update's forward, at theta_old itself, with the forward-only pass, if there was one."""
         if k == 0 and 0 in self.old:
             noise = self.inputs[k][index].segments.sum(own - self.old[0][index]).abs()
-            worst = noise.max().item() if noise.numel() else 0.0
-            stats.noise = max(stats.noise or 0.0, math.inf if math.isnan(worst) else worst)
+            if noise.numel():  # otherwise nothing has been measured
+                worst = noise.max().item()
+                stats.noise = max(stats.noise or 0.0, math.inf if math.isnan(worst) else worst)
 
     def _add_mismatch(self, inputs: PackedInputs, trainer_logprobs: Tensor) -> None:
         difference = trainer_logprobs - inputs.inference_logprobs

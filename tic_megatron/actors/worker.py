@@ -59,12 +59,17 @@ class ActorWorker(Worker):
         self.store = open_store(host, self.settings.cluster.start_timeout_s)
         return host, self.store.port
 
-    def setup(self, rank: int, world_size: int, address: tuple[str, int], model_path: str) -> int:
-        """Join the process groups and load this rank's slices of the model. Returns the data-parallel rank."""
+    def setup(self, rank: int, world_size: int, address: tuple[str, int], model_path: str) -> tuple[int, str | None]:
+        """Join the process groups and load this rank's slices of the model. Returns the data-parallel rank, and a remark for the
+        user."""
+        import torch
+
         from tic_megatron.actors.megatron import runtime
         from tic_megatron.rendezvous import join_store
 
         settings = self.settings
+        if settings.cluster.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU in this process, where cluster.device is cuda; see its driver, or give cpu")
         random.seed(settings.run.seed)
         store = self.store if rank == 0 else join_store(*address, settings.cluster.start_timeout_s)
         device = runtime.initialize(
@@ -90,7 +95,17 @@ class ActorWorker(Worker):
         self.profile: Profile | None = None
         self.flops = ModelFlops.of(self.backend.hf)
         self.busy = PhaseTimers()
-        return self.backend.data_parallel_rank
+        return self.backend.data_parallel_rank, self._remark()
+
+    def _remark(self) -> str | None:
+        from tic_megatron.actors.megatron.specs import transformer_engine_problem
+
+        if self.settings.cluster.device == "cpu" or self.settings.actor.precision == "fp32" or not transformer_engine_problem():
+            return None
+        return (
+            f"Transformer Engine cannot be used ({transformer_engine_problem()}): layers are of torch's operations, which are "
+            "slower, above all with experts"
+        )
 
     @contextmanager
     def at_work(self, phase: str) -> Iterator[None]:

@@ -83,7 +83,7 @@ class ObjectiveTerms:
 
     `value`: this rank's part of the objective, a scalar to maximise (for token-level ratios a partial sum over the ranks
     that share a sequence; for trajectory-level ones the same on each). `log_ratio`, `capped`: [n_trajectories], detached:
-    L_i, and whether the clip removed the gradient (of any of its tokens held here, for token-level ratios).
+    L_i, and the share of its gradient that the clip removed: 0 or 1, and for token-level ratios the share of its tokens.
     """
 
     value: Tensor
@@ -126,12 +126,13 @@ def objective_terms(
         if objective.ratio.per_token:
             delta = ratios.token_log_ratio(trainer_logprobs, old_logprobs)
             trajectory_log_ratio, n_capped = segments.sum(torch.stack([delta, capped.to(delta.dtype)], dim=1)).unbind(1)
-            capped = n_capped > 0
+            share = n_capped / segments.lengths.clamp(min=1)
         else:
+            share = capped.double()
             trajectory_log_ratio = log_ratio.detach()
             if objective.ratio.length_mean:
                 trajectory_log_ratio = trajectory_log_ratio * segments.lengths
-    return ObjectiveTerms((clipped.double() * weights).sum(), trajectory_log_ratio, capped)
+    return ObjectiveTerms((clipped.double() * weights).sum(), trajectory_log_ratio, share)
 
 
 def token_weights(objective: Objective, segments: Segments, totals: Totals) -> Tensor:
@@ -200,7 +201,7 @@ def ratio_metrics(log_ratio: Tensor, capped: Tensor) -> dict[str, float]:
 
     Args:
         log_ratio: [n] L_i.
-        capped: [n] whether the clip removed the gradient.
+        capped: [n] share of its gradient that the clip removed.
 
     Returns:
         `log_ratio_mean`, `log_ratio_std`, `capped_fraction`, `underflow_fraction` (W_i is 0 in fp32) and `ess`, the

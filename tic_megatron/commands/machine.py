@@ -96,7 +96,10 @@ def _gpu_bytes(settings: Settings) -> int | None:
 
 
 def cpu_warnings(settings: Settings) -> list[str]:
-    """A line for the user when this machine has fewer cores than the run has processes that compute."""
-    if settings.cluster.device != "cpu" or settings.cluster.address is not None:
+    """A line for the user when this machine has fewer cores than the run has processes that compute, or a cluster's GPUs, if it has
+    any, are not used."""
+    if settings.cluster.device != "cpu":
         return []
+    if settings.cluster.address is not None:
+        return ["cluster.device is cpu: GPUs that the cluster's nodes may have are not used; give cluster.device cuda for them"]
     return core_warnings(settings, len(os.sched_getaffinity(0)))

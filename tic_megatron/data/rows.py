@@ -239,6 +239,7 @@ def _as_object(value: Any, where: str) -> dict[str, Any]:
 
 def _read_csv(path: Path, setting: str) -> Iterator[Row]:
     """A header line with the names of the fields, then rows; every value is text. Quotes as RFC 4180 has them."""
+    csv.field_size_limit(2**31 - 1)  # 128 KiB otherwise; the tests of a program are longer
     with open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         names: list[str] | None = None

@@ -50,6 +50,11 @@ def _entropy_collapse(recent: Metrics, first: Metrics) -> bool:
     return recent["policy/entropy"] < 0.1 * first["policy/entropy"] and recent["reward/mean"] < 0.9
 
 
+def _mismatch(recent: Metrics, first: Metrics) -> bool:
+    """Between samples and trainer of the same weights; with those of a step ahead, the policy has moved between the two."""
+    return recent.get("rollout/staleness_max", 0.0) == 0 and recent.get("mismatch/trajectory_log_ratio_std", 0.0) > 0.1
+
+
 CHECKS = (
     Check(
         "stale gradients",
@@ -66,7 +71,8 @@ CHECKS = (
     Check(
         "ratio capped",
         _above("policy/ratio_capped_fraction", 0.5),
-        "{policy/ratio_capped_fraction:.0%} of the last update's trajectories lie beyond the clip and teach nothing: lower "
+        "the clip takes {policy/ratio_capped_fraction:.0%} of the last update's trajectories (of their tokens, for a ratio per "
+        "token), which teach nothing: lower "
         "actor.learning_rate or trainer.updates_per_step, or raise algorithm.eps_high",
     ),
     Check(
@@ -99,7 +105,7 @@ CHECKS = (
     ),
     Check(
         "generator-trainer mismatch",
-        _above("mismatch/trajectory_log_ratio_std", 0.1),
+        _mismatch,
         "generator and trainer disagree by {mismatch/trajectory_log_ratio_std:.2g} (std of a trajectory's log-ratio): use the "
         "same rollout.precision and actor.precision, or algorithm.correction",
     ),

@@ -138,7 +138,8 @@ def _reward(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_title("Mean reward of the rollout")
     _line(axes, rows, "reward/mean", color=_BLUE, label="reward")
     _line(axes, rows, "reward/zero_advantage_fraction", color="#a0aec0", label="groups without signal")
-    axes.set_ylim(bottom=0)
+    if axes.dataLim.y0 >= 0:  # rewards may be negative
+        axes.set_ylim(bottom=0)
 
 
 def _accuracy(axes: Axes, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,13 @@ def read_terms(settings: RewardSettings) -> list[Term]:
     """What `reward.function` stands for. SettingsError for what is not there, and for a dense reward in a sum. No code of the
     user's is run."""
     terms: list[Term] = []
-    taken = {RESERVED: 1}
+    taken = {RESERVED}
     for source in settings.terms:
         program = read_program(source.function[0]) if source.function else None
         reward = open_reward(source, settings, program)
-        taken[reward.name] = taken.get(reward.name, 0) + 1
-        name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
+        names = (f"{reward.name}_{number}" if number > 1 else reward.name for number in itertools.count(1))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
         terms.append(Term(name, source.weight, source, program, reward))
     for term in terms:
         if term.reward.dense and len(terms) > 1:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import threading
 import traceback
 from pathlib import Path
@@ -47,7 +48,8 @@ from tic_megatron.observability.files import disk_problem, lower_priority
 from tic_megatron.weights.names import write_index
 from tic_megatron.weights.plan import ExportLayout
 
-EXTRA_STATE = "_extra_state"
+EXTRA_STATE = re.compile(r"_extra_state\d*$")
+"""End of the names of what layers keep besides tensors. Transformer Engine's grouped linears number it, one for each expert."""
 
 
 class Saving:
@@ -169,11 +171,11 @@ def _model_state(backend: MegatronBackend) -> dict[str, Any]:
 
 def _tensors(model: PolicyModel) -> dict[str, Any]:
     """Its sharded state without what some layers keep besides, for fp8: objects, which would have to be unpickled."""
-    return {key: value for key, value in model.sharded_state_dict().items() if not key.endswith(EXTRA_STATE)}
+    return {key: value for key, value in model.sharded_state_dict().items() if not EXTRA_STATE.search(key)}
 
 
 def _take(model: PolicyModel, tensors: dict[str, Any]) -> None:
-    own = {key: value for key, value in model.state_dict().items() if key.endswith(EXTRA_STATE)}
+    own = {key: value for key, value in model.state_dict().items() if EXTRA_STATE.search(key)}
     model.load_state_dict(tensors | own)
 
 

@@ -59,5 +59,7 @@ def arrange(settings: ActorSettings, *, seed: int, timeout: datetime.timedelta =
         expert_model_parallel_size=settings.expert_parallel_size,
         expert_tensor_parallel_size=settings.experts_tensor_parallel,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
+        # On GPUs nothing uses them, and gloo's choice of a network may be one that the nodes do not share.
+        create_gloo_process_groups=not torch.cuda.is_available(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -49,13 +51,17 @@ class RMSNorm(nn.Module):
 
 def transformer_engine_available() -> bool:
     """Whether Transformer Engine and a CUDA device are there."""
-    if not torch.cuda.is_available():
-        return False
+    return torch.cuda.is_available() and transformer_engine_problem() is None
+
+
+@functools.cache
+def transformer_engine_problem() -> str | None:
+    """Why Transformer Engine cannot be imported; None where it can."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    except (ImportError, OSError) as error:  # also one that was built for another torch
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 def qwen3_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
