@@ -96,8 +96,8 @@ def _gpu_bytes(settings: Settings) -> int | None:
 
 
 def cpu_warnings(settings: Settings) -> list[str]:
-    """A line for the user when this machine has fewer cores than the run has processes that compute, or a cluster's GPUs would not
-    be used."""
+    """A line for the user when this machine has fewer cores than the run has processes that compute, or a cluster's GPUs would be
+    left alone."""
     if settings.cluster.device != "cpu":
         return []
     if settings.cluster.address is not None:
