@@ -116,7 +116,7 @@ def run(configuration: Configuration, task: Path, run_dir: Path, steps: int) -> 
         "grad_norm": last_mean(rows, "policy/grad_norm"),
         "entropy": last_mean(rows, "policy/entropy"),
         "kl": last_mean(rows, "policy/kl"),
-        "noise_of_L_max": max(row["policy/log_ratio_abs_max_first"] for row in rows),
+        "noise_of_L_max": max(row.get("policy/log_ratio_abs_max_first", 0.0) for row in rows),
         "step_s": last_mean(rows, "timing/step_s"),
         "seconds": round(time.monotonic() - begun),
     }

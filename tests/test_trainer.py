@@ -254,8 +254,6 @@ def test_a_disk_that_fails_stops_the_run_only_at_its_end(tmp_path):
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
     for step in (1, 2):
-        (run / "checkpoints").mkdir(exist_ok=True)
-        (run / "checkpoints" / f".step_{step}.unfinished").write_text("no folder can be made here")
         rollout_path(run, step).mkdir(parents=True)
     (run / "logs" / "memory.jsonl").symlink_to("/dev/full")
     arguments = [
@@ -264,12 +262,20 @@ def test_a_disk_that_fails_stops_the_run_only_at_its_end(tmp_path):
         *("--rollout.group_size=4", "--rollout.max_prompt_tokens=64", "--rollout.max_response_tokens=40"),
         *("--actor.max_tokens_per_microbatch=256", "--cluster.device=cpu", f"--rollout.replay={tmp_path / 'saved'}"),
     ]
-    result = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert result.returncode == 1, result.stderr
+    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + TIMEOUT_S
+        while not (run / "config.yaml").exists():  # before it, they would be taken for another run's
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        (run / "checkpoints").mkdir()
+        for step in (1, 2):
+            (run / "checkpoints" / f".step_{step}.unfinished").write_text("no folder can be made here")
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, errors
     line = f"was not saved: Not a directory: {run}/checkpoints/.step_"
-    assert f"the checkpoint of step 1 {line}1" in " ".join(result.stdout.split())
-    assert f"error: the run failed: the checkpoint of step 2 {line}2" in result.stderr
-    assert f"warning: the rollout of step 1 is not kept: Is a directory: {run}/rollouts" in " ".join(result.stdout.split())
+    assert f"the checkpoint of step 1 {line}1" in " ".join(output.split())
+    assert f"error: the run failed: the checkpoint of step 2 {line}2" in errors
+    assert f"warning: the rollout of step 1 is not kept: Is a directory: {run}/rollouts" in " ".join(output.split())
     assert [row["checkpoint/failed"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1]
     assert (run / "hf" / "config.json").exists() and (run / "summary.json").exists()
 
@@ -292,7 +298,8 @@ def test_a_step_that_lacks_groups_trains_on_the_others(tmp_path):
     )
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert row["policy/trained_trajectories"] == 12 and row["policy/skipped_updates"] == 0
-    assert row["policy/log_ratio_abs_max_first"] == 0.0 and math.isfinite(row["policy/grad_norm"])
+    assert "policy/log_ratio_abs_max_first" not in row  # it is the first update that has none
+    assert math.isfinite(row["policy/grad_norm"])
 
 
 @pytest.mark.slow  # three runs with two engines
