@@ -22,6 +22,7 @@ from statistics import mean
 from tic_megatron.observability.metrics import Row, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+NOISE = "policy/log_ratio_abs_max_first"
 EXAMPLE = ROOT / "examples" / "quickstart"
 LAST = 10
 """Metrics are means over so many last steps."""
@@ -116,7 +117,7 @@ def run(configuration: Configuration, task: Path, run_dir: Path, steps: int) -> 
         "grad_norm": last_mean(rows, "policy/grad_norm"),
         "entropy": last_mean(rows, "policy/entropy"),
         "kl": last_mean(rows, "policy/kl"),
-        "noise_of_L_max": max(row.get("policy/log_ratio_abs_max_first", 0.0) for row in rows),
+        "noise_of_L_max": max(row[NOISE] for row in rows if NOISE in row),
         "step_s": last_mean(rows, "timing/step_s"),
         "seconds": round(time.monotonic() - begun),
     }

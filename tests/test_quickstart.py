@@ -45,7 +45,8 @@ def test_quickstart_learns(seed, flags, gain, tmp_path, summaries):
     summary = quickstart(seed, tmp_path / "run", *flags)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == summary["steps"]
-    assert all(row.get("policy/log_ratio_abs_max_first", 0.0) == 0.0 for row in rows)
+    noise = [row["policy/log_ratio_abs_max_first"] for row in rows if "policy/log_ratio_abs_max_first" in row]
+    assert len(noise) > 0.9 * len(rows) and not any(noise)  # absent where no group of the first mini-batch teaches anything
     assert max(row["mismatch/logprob_abs_max"] for row in rows) < 1e-3
     assert mean(row["policy/log_ratio_std"] for row in rows[-20:]) > 0.05
     assert any(row["policy/ratio_capped_fraction"] > 0 for row in rows[-20:])
